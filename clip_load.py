@@ -1,0 +1,354 @@
+"""The way in from OpenAI: tokenizer, verified download, weights, and CLIP's eye made an ear (§3.2.1, Fig. 4).
+
+    python clip_load.py                      # fetch ViT-B/32 and the vocabulary into ~/.cache/clip
+    python clip_load.py --model ViT-B/16     # or a larger eye
+
+C, D, (h, w), T, F as in model.py; N texts of length L.
+"""
+import argparse
+import gzip
+import hashlib
+import html
+import math
+import os
+import pickle
+import sys
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from pathlib import Path
+
+import ftfy
+import regex
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from model import CLIP, VisionTransformer
+
+CACHE = Path.home() / ".cache" / "clip"
+MODELS = {  # name -> address; its second-last part is the file's SHA-256
+    "ViT-B/32": "https://openaipublic.azureedge.net/clip/models/"
+                "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
+    "ViT-B/16": "https://openaipublic.azureedge.net/clip/models/"
+                "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt",
+    "ViT-L/14": "https://openaipublic.azureedge.net/clip/models/"
+                "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt",
+}
+VOCABULARY = "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz"
+VOCABULARY_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
+VOCABULARY_MERGES = 49152 - 256 - 2  # CLIP uses the first so many lines of a longer file
+
+
+# ----------------------------------------------------------------------------------- tokenizer
+
+def byte_symbols():
+    """One visible character for each byte: itself where it prints, otherwise one from U+0100 on.
+
+    So BPE can work on characters, and any text, in any language, has a spelling. The order (printing bytes
+    first) fixes the first 256 ids.
+    """
+    printing = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printing]
+    return {byte: chr(byte) for byte in printing} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+class Tokenizer:
+    """CLIP's byte-pair encoding: `Tokenizer(vocab_path)(["a dog barks"]) -> (1, 77) int64`.
+
+    The vocabulary file lists merges, most frequent first; ids follow from its order: 256 bytes, 256 bytes
+    that end a word, the merges, start-of-text, end-of-text.
+    """
+    WORDS = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+",
+                          regex.IGNORECASE)
+
+    def __init__(self, vocab_path, context_length=77):
+        self.context_length = context_length
+        try:
+            with gzip.open(vocab_path, "rt", encoding="utf-8") as file:
+                lines = file.read().split("\n")[1:1 + VOCABULARY_MERGES]  # the first line is a version
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{vocab_path}: no such vocabulary. CLIP's comes with: python clip_load.py") from None
+        except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+            raise ValueError(f"{vocab_path}: not a gzipped vocabulary ({error})") from None
+        merges = [tuple(line.split()) for line in lines if line]
+        if any(len(merge) != 2 for merge in merges):
+            raise ValueError(f"{vocab_path}: not a list of merges, two symbols a line")
+        self.symbols = byte_symbols()
+        units = list(self.symbols.values())
+        units += [unit + "</w>" for unit in units] + ["".join(merge) for merge in merges]
+        units += ["<|startoftext|>", "<|endoftext|>"]
+        self.ids = {unit: i for i, unit in enumerate(units)}
+        self.vocab_size = len(units)
+        self.start, self.end = self.ids["<|startoftext|>"], self.ids["<|endoftext|>"]
+        self.rank = {merge: i for i, merge in enumerate(merges)}
+        self.cache = {"<|startoftext|>": [self.start], "<|endoftext|>": [self.end]}
+
+    def encode_word(self, word):
+        """One word -> ids: start from bytes, then apply the most frequent merge there is, until there is none."""
+        if word not in self.cache:
+            units = [self.symbols[byte] for byte in word.encode("utf-8")]
+            units[-1] += "</w>"
+            while len(units) > 1:
+                rank, at = min((self.rank.get(pair, math.inf), i) for i, pair in enumerate(zip(units, units[1:])))
+                if rank == math.inf:
+                    break
+                best, merged = (units[at], units[at + 1]), []
+                while units:  # every occurrence of that pair, from the left
+                    take = 2 if tuple(units[:2]) == best else 1
+                    merged.append("".join(units[:take]))
+                    units = units[take:]
+                units = merged
+            if len(self.cache) > 100_000:  # a search box is fed by strangers
+                return [self.ids[unit] for unit in units]
+            self.cache[word] = [self.ids[unit] for unit in units]
+        return self.cache[word]
+
+    def encode(self, text):
+        """One text -> ids, start- and end-of-text included, of any length."""
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+        text = " ".join(text.split()).lower()
+        ids = [self.start, *(i for word in self.WORDS.findall(text) for i in self.encode_word(word)), self.end]
+        return ids[:ids.index(self.end) + 1]  # the model reads the feature at the first end: what follows is unseen
+
+    def __call__(self, texts):
+        """Texts -> (N, context length) int64, zero-padded. A longer text is cut and keeps its end-of-text."""
+        texts = [texts] if isinstance(texts, str) else texts
+        tokens = torch.zeros(len(texts), self.context_length, dtype=torch.int64)  # (N, L)
+        for row, text in zip(tokens, texts):
+            ids = self.encode(text)
+            if len(ids) > self.context_length:
+                ids = ids[:self.context_length - 1] + [self.end]
+            row[:len(ids)] = torch.tensor(ids)
+        return tokens
+
+
+# ------------------------------------------------------------------------------------ download
+
+def sha256(path):
+    """Hex digest of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def download(url, path, digest):
+    """Fetch `url` to `path` unless it is there; returns the path. Raises ConnectionError or ValueError.
+
+    What has arrived waits in `path`.part, so a second call goes on where the first was cut off; only a file
+    with the right SHA-256 ever gets the name `path`.
+    """
+    path = Path(path)
+    if path.exists():
+        if sha256(path) == digest:
+            return path
+        raise ValueError(f"{path}: SHA-256 is not {digest}; delete the file and run: python clip_load.py")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            resumed = answer.status == 206  # a server that can't resume sends the whole file with 200
+            total = int(answer.headers.get("Content-Length") or 0) + (have if resumed else 0)
+            with open(part, "ab" if resumed else "wb") as file, \
+                    tqdm(total=total, initial=have if resumed else 0, unit="B", unit_scale=True, desc=path.name) as bar:
+                while block := answer.read(1 << 20):
+                    file.write(block)
+                    bar.update(len(block))
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # 416: all bytes were already here
+            raise ConnectionError(f"{url}: {error}") from None
+    except OSError as error:
+        raise ConnectionError(f"{url}: {error}; run the same command again to go on, or put the file at {path}") from None
+    if total and part.stat().st_size < total:
+        raise ConnectionError(f"{url}: the connection ended early; run the same command again to go on")
+    if sha256(part) != digest:
+        part.unlink()
+        raise ValueError(f"{url}: what arrived does not have SHA-256 {digest}; it was deleted")
+    os.replace(part, path)
+    return path
+
+
+def cached(name):
+    """Path of a model of OpenAI's in the cache. Raises FileNotFoundError, ValueError (hash)."""
+    url = MODELS[name]
+    path = CACHE / url.rsplit("/", 1)[1]
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: CLIP's weights are not here yet. Run: python clip_load.py --model {name}")
+    return download(url, path, url.split("/")[-2])
+
+
+# ------------------------------------------------------------------------------------- weights
+
+class Record:
+    """What stands in for an object of any class we do not know: it keeps its state and does nothing."""
+
+    def __init__(self, *args, **kwargs):
+        self.state = {}
+
+    def __setstate__(self, state):
+        self.state = state if isinstance(state, dict) else {"state": state}
+
+    def __setitem__(self, key, value):
+        self.state[key] = value
+
+    def append(self, value):
+        pass
+
+    def extend(self, values):
+        pass
+
+
+class ArchiveReader(pickle.Unpickler):
+    """Reads the pickle inside a PyTorch zip file and can only ever build tensors, containers and Records.
+
+    Neither pickle's own loading nor TorchScript's is used: both can run what the file says.
+    """
+    DTYPES = {name + "Storage": dtype for name, dtype in dict(
+        Half=torch.float16, BFloat16=torch.bfloat16, Float=torch.float32, Double=torch.float64, Byte=torch.uint8,
+        Char=torch.int8, Short=torch.int16, Int=torch.int32, Long=torch.int64, Bool=torch.bool).items()}
+
+    def __init__(self, archive, folder):
+        super().__init__(archive.open(folder + "data.pkl"))
+        self.archive, self.folder, self.storages = archive, folder, {}
+
+    def find_class(self, module, name):
+        if (module, name) in (("collections", "OrderedDict"), ("builtins", "dict")):
+            return dict
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return self.rebuild_tensor
+        if (module, name) == ("torch._utils", "_rebuild_parameter"):
+            return lambda tensor, *_: tensor
+        if module == "torch" and name in self.DTYPES:
+            return self.DTYPES[name]
+        return Record
+
+    def persistent_load(self, pid):
+        _, dtype, key, _, numel = pid
+        if key not in self.storages:
+            data = bytearray(self.archive.read(f"{self.folder}data/{key}"))
+            self.storages[key] = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        if len(self.storages[key]) != numel:
+            raise ValueError(f"storage {key} has {len(self.storages[key])} elements, not {numel}")
+        return self.storages[key]
+
+    @staticmethod
+    def rebuild_tensor(storage, offset, size, stride, *_):
+        if math.prod(size) > storage.numel():
+            raise ValueError(f"a tensor of {size} on a storage of {storage.numel()} elements")
+        return storage.as_strided(size, stride, offset).clone()
+
+
+def read_archive(path):
+    """Content of a .pt file (torch.save's or TorchScript's zip) as tensors, containers and Records.
+
+    Raises FileNotFoundError, ValueError. Nothing in the file is executed.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entry = next((name for name in archive.namelist() if name.endswith("/data.pkl")), None)
+            if entry is None:
+                raise ValueError("no data.pkl in it")
+            return ArchiveReader(archive, entry[:-len("data.pkl")]).load()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except Exception as error:  # a pickle with a flipped bit can raise anything
+        raise ValueError(f"{path}: not a readable PyTorch weights file ({type(error).__name__}: {error})") from None
+
+
+def tensors_of(module, prefix=""):
+    """A TorchScript module, read as nested Records -> its state dict."""
+    found = {}
+    for name, value in module.state.items():
+        if isinstance(value, torch.Tensor):
+            found[prefix + name] = value
+        elif isinstance(value, Record):
+            found |= tensors_of(value, f"{prefix}{name}.")
+    return found
+
+
+def load_clip(path, device="cpu"):
+    """OpenAI's TorchScript archive or a plain state dict -> CLIP in fp32, in evaluation mode, frozen.
+
+    Every size is read off the tensors' shapes, so any ViT loads. Raises FileNotFoundError, ValueError.
+    """
+    content = read_archive(path)
+    state = tensors_of(content) if isinstance(content, Record) else content
+    for extra in ("input_resolution", "context_length", "vocab_size"):  # OpenAI's file carries them along
+        if isinstance(state, dict):
+            state.pop(extra, None)
+    try:
+        C, _, patch, _ = state["visual.conv1.weight"].shape
+        vocab_size, text_width = state["token_embedding.weight"].shape
+        clip = CLIP(image_size=patch * math.isqrt(len(state["visual.positional_embedding"]) - 1), patch=patch,
+                    vision_width=C, vision_layers=count_blocks(state, "visual.transformer."),
+                    context_length=len(state["positional_embedding"]), vocab_size=vocab_size, text_width=text_width,
+                    text_layers=count_blocks(state, "transformer."), output_dim=state["text_projection"].shape[1])
+        clip.load_state_dict(state)
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{path}: not the weights of a CLIP with a ViT ({type(error).__name__}: {error})") from None
+    return clip.float().eval().requires_grad_(False).to(device)
+
+
+def count_blocks(state, prefix):
+    """Number of residual blocks whose weights the state dict holds under `prefix`."""
+    return sum(key.startswith(prefix + "resblocks.") and key.endswith(".ln_1.weight") for key in state)
+
+
+def fingerprint(module):
+    """Short hex digest of a module's weights: which CLIP made a bank, which one a checkpoint belongs to."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+# -------------------------------------------------------------------- the eye becomes an ear (Fig. 4)
+
+def resize_positions(pos, grid, new_grid):
+    """(1 + h·w, C) positions of an h×w grid -> (1 + h2·w2, C): bilinear; the class token keeps its own."""
+    patches = pos[1:].reshape(1, *grid, -1).permute(0, 3, 1, 2)                                 # (1, C, h, w)
+    patches = F.interpolate(patches, size=new_grid, mode="bilinear", align_corners=False)       # (1, C, h2, w2)
+    return torch.cat([pos[:1], patches.flatten(2).permute(0, 2, 1)[0]])                         # (1 + h2·w2, C)
+
+
+def blank_audio_encoder(clip, frames=1000, mels=128, stride=(16, 24)):
+    """The audio encoder with random weights, (B, 1, T, F) -> (B, D): what VA-Rand starts from (§4)."""
+    return VisionTransformer(**(clip.visual.config | dict(input_size=(frames, mels), stride=stride, channels=1)))
+
+
+def audio_encoder_from_clip(clip, frames=1000, mels=128, stride=(16, 24)):
+    """CLIP's visual tower with the paper's three changes, (B, 1, T, F) -> (B, D) (§3.2.1)."""
+    encoder = blank_audio_encoder(clip, frames, mels, stride)       # 1. patches overlap: stride below the kernel's size
+    state = dict(clip.visual.state_dict())
+    state["conv1.weight"] = state["conv1.weight"].mean(1, keepdim=True)                   # 2. (C, 3, P, P) -> (C, 1, P, P)
+    state["positional_embedding"] = resize_positions(state["positional_embedding"],       # 3. 7×7 -> 61×5
+                                                     clip.visual.grid, encoder.grid)
+    encoder.load_state_dict(state)
+    return encoder.to(state["proj"].device)
+
+
+def lengthen(encoder, frames):
+    """The same audio encoder for inputs of another number of frames: its positions resized again (App. D)."""
+    longer = VisionTransformer(**(encoder.config | dict(input_size=(frames, encoder.input_size[1]))))
+    state = dict(encoder.state_dict())
+    state["positional_embedding"] = resize_positions(state["positional_embedding"], encoder.grid, longer.grid)
+    longer.load_state_dict(state)
+    return longer.to(state["proj"].device)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Download OpenAI's CLIP weights and vocabulary, verified.")
+    parser.add_argument("--model", choices=MODELS, default="ViT-B/32", help="the paper uses ViT-B/32")
+    url = MODELS[parser.parse_args().model]
+    try:
+        weights = download(url, CACHE / url.rsplit("/", 1)[1], url.split("/")[-2])
+        vocabulary = download(VOCABULARY, CACHE / VOCABULARY.rsplit("/", 1)[1], VOCABULARY_SHA256)
+        clip, tokenizer = load_clip(weights), Tokenizer(vocabulary)
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))
+    print(f"{weights}: {sum(p.numel() for p in clip.parameters()) / 1e6:.0f} M parameters, "
+          f"images {clip.image_size}×{clip.image_size}, {clip.text_projection.shape[1]} dimensions, verified")
+    print(f"{vocabulary}: {tokenizer.vocab_size} tokens, verified")
+    print("next: python pretrain.py --data toy, or the full run in README.md")
