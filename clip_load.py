@@ -17,6 +17,7 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
+from collections import OrderedDict
 from pathlib import Path
 
 import ftfy
@@ -214,8 +215,8 @@ class ArchiveReader(pickle.Unpickler):
         self.archive, self.folder, self.storages = archive, folder, {}
 
     def find_class(self, module, name):
-        if (module, name) in (("collections", "OrderedDict"), ("builtins", "dict")):
-            return dict
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return self.rebuild_tensor
         if (module, name) == ("torch._utils", "_rebuild_parameter"):

@@ -196,11 +196,11 @@ HOW_TO_GET = {
 }
 
 
-def dataset_folder(name, given=None):
-    """Folder of dataset `name`: `given`, or data/<name>. Raises FileNotFoundError that says how to get it."""
-    folder = Path(given or Path("data") / name)
+def dataset_folder(place):
+    """data/<place> for a dataset's name, else `place` itself. Raises FileNotFoundError that says how to get it."""
+    folder = Path("data") / place if place in HOW_TO_GET else Path(place)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder. {HOW_TO_GET.get(name, 'Point --data at it')}")
+        raise FileNotFoundError(f"{folder}: no such folder. {HOW_TO_GET.get(place, 'Point --data at one')}")
     return folder
 
 
@@ -365,11 +365,11 @@ def make_toy_clip(job, folder, seed):
     rng = np.random.default_rng((seed, sorted(TOY_SPLITS).index(split), i))
     held_out = split in ("val", "test")
     thing = THINGS[i % len(THINGS)] if held_out else THINGS[rng.integers(len(THINGS))]
-    radius, loudness = rng.uniform(6, 13), rng.uniform(0.1, 1)
-    size, dark = "small" if radius < 9.5 else "large", bool(rng.integers(2))
+    radius, loudness = rng.uniform(8, 13), rng.uniform(0.1, 1)
+    size, dark = "small" if radius < 10.5 else "large", bool(rng.integers(2))
     background = tuple(int(v) for v in rng.integers(0, 60, 3) + (0 if dark else 100))
     cells = rng.permutation(4)[:thing[2]]                                            # quarters of the picture
-    start = np.stack([cells % 2, cells // 2], 1) * 32 + rng.uniform(13, 19, (thing[2], 2))
+    start = np.stack([cells % 2, cells // 2], 1) * 32 + rng.uniform(14, 18, (thing[2], 2))
     drift = rng.uniform(-2, 2, (thing[2], 2))
     row = {"id": f"{split}_{i}", "frames": []}
     for step in range(4 if split != "pairs" else 1):
@@ -387,7 +387,7 @@ def make_toy_clip(job, folder, seed):
     return row
 
 
-TOY_SPLITS = {"pairs": 6000, "train": 4000, "val": 144, "test": 144}
+TOY_SPLITS = {"pairs": 8000, "train": 4000, "val": 144, "test": 144}
 
 
 def make_toy(folder, seed=0, splits=TOY_SPLITS, workers=2):

@@ -1,0 +1,669 @@
+"""Stage 1: an audio encoder chases frozen CLIP embeddings of video frames (§3.2, Eq. 4).
+
+    python pretrain.py --data toy                        # minutes on a laptop: the toy world, its CLIP, vip-AnT
+    python pretrain.py --data toy --init random          # VA-Rand
+    torchrun --nproc_per_node=4 pretrain.py              # the paper's run, on data/audioset
+
+CLIP runs once over the data and leaves a bank of embeddings; the loop never sees an image. `train` is the only
+training loop of the project: a learner that turns a batch into features and features into a loss, a reader of
+samples, and settings. The toy's own CLIP goes through it too.
+
+B  clips on this rank     D  embedding     M  rows of a bank     N  clips
+"""
+import argparse
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, default_collate
+from tqdm import tqdm
+
+from clip_load import (
+    CACHE,
+    MODELS,
+    VOCABULARY,
+    Tokenizer,
+    audio_encoder_from_clip,
+    blank_audio_encoder,
+    cached,
+    fingerprint,
+    load_clip,
+)
+from data import FrontEnd, Unreadable, dataset_folder, load_image, make_toy, mask, read_index
+from model import CLIP, LARS, VisionTransformer, info_nce, parameter_groups, schedule
+
+
+# ------------------------------------------------------------------------------------ settings
+
+def setting(default, help, choices=None, free=False):
+    """A field of a stage's settings. `free`: may differ when a run is resumed, for it does not shape the result."""
+    return field(default=default, compare=not free, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The paper's VA pre-training (Table 5); the command line is derived from this."""
+    data: str = setting("audioset", "toy, or a folder (audioset means data/audioset) with train.jsonl and val.jsonl")
+    out: str = setting("", "folder of checkpoint and log; empty: out/<data>/pretrain", free=True)
+    init: str = setting("clip", "start of the audio encoder: clip is vip-AnT, random is VA-Rand", ["clip", "random"])
+    clip: str = setting("ViT-B/32", "one of OpenAI's names, or a path to weights")
+    vocab: str = setting(str(CACHE / VOCABULARY.rsplit("/", 1)[1]), "the tokenizer's vocabulary", free=True)
+    seed: int = setting(0, "fixes weights, order, frames and masks")
+    sample_rate: int = setting(FrontEnd.sample_rate, "Hz; audio is resampled to it")
+    mels: int = setting(FrontEnd.mels, "mel bins")
+    frames: int = setting(FrontEnd.frames, "of 10 ms that the encoder hears")
+    mean: float = setting(FrontEnd.mean, "of the training set's log-mel values at that rate")
+    std: float = setting(FrontEnd.std, "of the same")
+    stride_time: int = setting(16, "frames between patches")
+    stride_mel: int = setting(24, "mel bins between patches")
+    optimizer: str = setting("lars", "lars or adam", ["lars", "adam"])
+    batch: int = setting(432, "clips a step over all ranks; all of them are each other's negatives")
+    epochs: int = setting(25, "passes over the training clips")
+    warmup_epochs: float = setting(10.0, "of linear warm-up, then cosine to 0.1 %")
+    lr_weights: float = setting(0.2, "peak, for weights; LARS multiplies it by batch/256")
+    lr_biases: float = setting(4.8e-3, "the same for biases, norms and temperature")
+    weight_decay: float = setting(1e-6, "on weights")
+    precision: str = setting("auto", "auto: bf16 where the device is fast at it", ["auto", "bf16", "fp32"])
+    compile: str = setting("auto", "torch.compile; auto: on CUDA", ["auto", "yes", "no"], free=True)
+    workers: int = setting(min(8, os.cpu_count() or 1), "processes that decode, a rank", free=True)
+    log_every: int = setting(50, "steps between log lines", free=True)
+    save_every: int = setting(1000, "steps between checkpoints, besides each epoch's end", free=True)
+
+    @property
+    def front_end(self):
+        return FrontEnd(self.sample_rate, self.mels, self.frames, self.mean, self.std)
+
+
+# The paper at half its scale: 64 mel bins, stride 8×12, patch 16. Mean and std are the toy's own.
+TOY = Settings(data="toy", clip="out/toy/clip/clip.pt", vocab="data/toy/vocab.txt.gz", sample_rate=16_000, mels=64,
+               frames=100, mean=-3.37, std=3.71, stride_time=8, stride_mel=12, batch=128, epochs=9, warmup_epochs=1.0,
+               lr_weights=2.0, workers=1, log_every=31)
+TOY_CLIP = replace(TOY, out="out/toy/clip", optimizer="adam", batch=128, epochs=5, warmup_epochs=0.3,
+                   lr_weights=5e-4, lr_biases=5e-4, workers=0, log_every=62)
+PRESETS = {"toy": TOY}
+
+
+def parse(defaults, presets, argv=None, description=None):
+    """Command line -> settings. `--data NAME` picks a preset, other flags override it; an unknown flag fails."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    for f in fields(defaults):
+        parser.add_argument("--" + f.name.replace("_", "-"), type=type(f.default), choices=f.metadata["choices"],
+                            default=argparse.SUPPRESS, help=f"{f.metadata['help']} ({f.default})".replace("%", "%%"))
+    given = vars(parser.parse_args(argv))
+    return replace(presets.get(given.get("data"), defaults), **given)
+
+
+# --------------------------------------------------------------------------------------- ranks
+
+def start_ranks():
+    """Join torchrun's process group if there is one: NCCL on GPUs, gloo on CPUs. Returns this rank's device."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def ranks():
+    """(rank, number of ranks); (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def barrier():
+    """Wait for the other ranks, if any."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def autocast(device, precision):
+    """Autocast to bf16 where asked for, or where the device multiplies it faster than fp32."""
+    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16" or (precision == "auto" and fast))
+
+
+def matmul_rate(device, cast):
+    """Measured rate of large matrix products on this device in FLOP/s: what MFU is a share of."""
+    size, times = (8192 if device.type == "cuda" else 1024), []
+    a, b = torch.randn(2, size, size, device=device)
+    for _ in range(5):
+        start = time.perf_counter()
+        with cast:
+            a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return 2 * size ** 3 / min(times)
+
+
+# --------------------------------------------------------------------------------------- banks
+
+class Readable(torch.utils.data.Dataset):
+    """Items read one by one for inference: row -> (row, tensors), or (row, None, why) where it can't be read."""
+
+    def __init__(self, items, read):
+        self.items, self.read = items, read
+
+    def __getitem__(self, row):
+        try:
+            return row, self.read(self.items[row])
+        except Unreadable as error:
+            return row, None, str(error)
+
+
+def split_readable(samples):
+    """Collate for Readable: (rows, batch of tensors), (rows, reasons) of the unreadable."""
+    good, bad = [s for s in samples if s[1] is not None], [s for s in samples if s[1] is None]
+    return ([s[0] for s in good], default_collate([s[1] for s in good]) if good else None,
+            [s[0] for s in bad], [s[2] for s in bad])
+
+
+@torch.no_grad()
+def embed(items, read, encode, out, state, device, workers, description, batch=128):
+    """Fill out (M, D) with unit embeddings of items; state (M,) becomes 1 where embedded, 2 where unreadable.
+
+    Rows whose state is not 0 are done already. The ranks share the rest. read(item) -> tensor(s), in worker
+    processes; encode(tensors) -> (B, D).
+    """
+    rank, size = ranks()
+    todo = np.flatnonzero(np.asarray(state) == 0)[rank::size]
+    loader = DataLoader(Readable(items, read), batch, sampler=todo.tolist(), num_workers=workers,
+                        collate_fn=split_readable)
+    with tqdm(total=len(todo), desc=description, disable=rank > 0 or not len(todo), unit="") as bar:
+        for rows, tensors, bad, reasons in loader:
+            if rows:
+                tensors = tensors if isinstance(tensors, (tuple, list)) else [tensors]
+                features = encode(*(tensor.to(device) for tensor in tensors))                # (B, D)
+                out[rows] = F.normalize(features.float(), dim=1).cpu().numpy()
+                state[rows] = 1
+            for row, reason in zip(bad, reasons):
+                state[row] = 2
+                bar.write(f"skipped: {reason}", file=sys.stderr)
+            bar.update(len(rows) + len(bad))
+
+
+def embed_all(items, read, encode, dimensions, device, workers=0, description="embedding"):
+    """Unit embeddings of items in memory, the same on every rank: (N, D) float32, (N,) bool readable."""
+    out, state = np.zeros((len(items), dimensions), np.float32), np.zeros(len(items), np.uint8)
+    embed(items, read, encode, out, state, device, workers, description)
+    out, state = torch.from_numpy(out).to(device), torch.from_numpy(state).to(device)
+    if dist.is_initialized():
+        dist.all_reduce(out)
+        dist.all_reduce(state)
+    return out.cpu(), state.cpu() == 1
+
+
+class Bank:
+    """Frozen target embeddings on disk, (M, D) fp16 unit vectors, and the rows that belong to each clip."""
+
+    def __init__(self, path, rows, starts):
+        self.path, self.rows, self.starts = path, rows, starts
+        self.embeddings = np.load(path, mmap_mode="r")                                       # (M, D)
+
+    def __reduce__(self):  # a worker process opens the file itself
+        return Bank, (self.path, self.rows, self.starts)
+
+    def of(self, clip):
+        """Rows that belong to a clip; empty if none of its frames could be read."""
+        return self.rows[self.starts[clip]:self.starts[clip + 1]]
+
+    def draw(self, clip, rng):
+        """One of a clip's embeddings -> (D,) float32."""
+        return torch.from_numpy(self.embeddings[rng.choice(self.of(clip))].astype(np.float32))
+
+
+def frame_bank(folder, clips, clip, device, workers):
+    """Bank of CLIP's embeddings of all frames of all clips, kept in `folder`.
+
+    Built once; reused when weights and files are the same (names, sizes, times), carried on with when a build
+    was cut short, made anew otherwise. Raises ValueError where over 1 % of the clips have no readable frame.
+    """
+    rank, _ = ranks()
+    frames = [frame for c in clips for frame in c.frames]
+    digest = hashlib.sha256(f"{fingerprint(clip)} {clip.image_size}".encode())
+    for frame in frames:
+        stat = os.stat(frame) if os.path.exists(frame) else None
+        digest.update(f"{frame} {stat and (stat.st_size, stat.st_mtime_ns)}\n".encode())
+    folder, made_of = Path(folder), digest.hexdigest()
+    embeddings, state, note = folder / "embeddings.npy", folder / "state.npy", folder / "bank.json"
+    if rank == 0:
+        known = json.loads(note.read_text()) if note.exists() else {}
+        if known.get("made_of") != made_of:
+            folder.mkdir(parents=True, exist_ok=True)
+            note.unlink(missing_ok=True)
+            np.lib.format.open_memmap(embeddings, "w+", np.float16, (len(frames), clip.visual.proj.shape[1]))
+            np.lib.format.open_memmap(state, "w+", np.uint8, (len(frames),))
+            note.write_text(json.dumps({"made_of": made_of, "frames": len(frames), "clips": len(clips)}))
+    barrier()
+    done = np.load(state, mmap_mode="r+")
+    embed(frames, partial(load_image, size=clip.image_size), clip.encode_image, np.load(embeddings, mmap_mode="r+"),
+          done, device, workers, f"bank of frames in {folder}")
+    barrier()
+    rows = np.flatnonzero(np.asarray(done) == 1)
+    starts = np.searchsorted(rows, np.cumsum([0] + [len(c.frames) for c in clips]))
+    empty = int((np.diff(starts) == 0).sum())
+    if empty > 0.01 * len(clips):
+        raise ValueError(f"{empty} of {len(clips)} clips have no readable frame, over 1 %; see the messages above "
+                         f"(delete {folder} to try again)")
+    return Bank(str(embeddings), rows, starts)
+
+
+# ------------------------------------------------------------------------- learners and samples
+
+class AudioLearner(nn.Module):
+    """The trained part: audio encoder and temperature. Batches come from AudioSamples."""
+
+    def __init__(self, audio_encoder, front_end):
+        super().__init__()
+        self.audio_encoder, self.front_end = audio_encoder, front_end
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def forward(self, batch):
+        """Batch -> audio features (B, D), their targets (B, D)."""
+        with torch.no_grad(), torch.autocast(batch["wave"].device.type, enabled=False):
+            x = mask(self.front_end(batch["wave"], batch["length"]), batch["draws"])         # (B, 1, T, F)
+        return self.audio_encoder(x), batch["target"]
+
+    def loss(self, audio, target):
+        return info_nce(audio, target, self.log_scale)
+
+    def report(self):
+        """Numbers for the log."""
+        return {"temperature": math.exp(-self.log_scale.item())}
+
+    def flops(self):
+        """Of one sample's forward and backward pass (the backward costs two forwards)."""
+        return 3 * self.audio_encoder.flops()
+
+
+class AudioSamples:
+    """Clips with a bank: sample i is its waveform, one of its bank's rows and the draws for its mask."""
+
+    def __init__(self, clips, bank, front_end):
+        self.clips = np.array([i for i in range(len(clips)) if len(bank.of(i))])
+        self.paths = np.array([clips[i].audio.encode() for i in self.clips])  # one array: forked workers share it
+        self.bank, self.front_end = bank, front_end
+
+    def __len__(self):
+        return len(self.clips)
+
+    def read(self, i, rng):
+        wave, length = self.front_end.load(self.paths[i].decode())
+        return {"wave": wave, "length": length, "target": self.bank.draw(self.clips[i], rng),
+                "draws": torch.from_numpy(rng.random(4, dtype=np.float32))}
+
+
+class ClipLearner(nn.Module):
+    """The toy's CLIP itself, learned from image-caption pairs: the L_cst(V, T) term of Eq. 3."""
+
+    def __init__(self, clip):
+        super().__init__()
+        self.clip = clip
+
+    def forward(self, batch):
+        return self.clip.encode_image(batch["image"]), self.clip.encode_text(batch["tokens"])  # 2 × (B, D)
+
+    def loss(self, images, texts):
+        return info_nce(images, texts, self.clip.logit_scale)
+
+    def report(self):
+        return {"temperature": math.exp(-self.clip.logit_scale.item())}
+
+    def flops(self):
+        return 3 * (self.clip.visual.flops() + self.clip.transformer.flops(self.clip.context_length))
+
+
+class PairSamples:
+    """Image-caption pairs, few enough to stay in memory: sample i is a picture and one of its captions."""
+
+    def __init__(self, clips, tokenizer, image_size):
+        self.images = torch.stack([load_image(clip.frames[0], image_size) for clip in clips])   # (N, 3, R, R)
+        self.tokens = [tokenizer(clip.captions) for clip in clips]                              # N × (captions, L)
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def read(self, i, rng):
+        return {"image": self.images[i], "tokens": self.tokens[i][rng.integers(len(self.tokens[i]))]}
+
+
+class Draws(torch.utils.data.Dataset):
+    """Samples by (epoch, i): all chance in a sample follows from seed, epoch and i, whoever reads it when."""
+
+    def __init__(self, samples, seed):
+        self.samples, self.seed = samples, seed
+
+    def __getitem__(self, key):
+        epoch, i = key
+        why = ""
+        for step in range(len(self.samples)):  # where a clip can't be read the next one steps in
+            try:
+                rng = np.random.default_rng((self.seed, epoch, i))
+                return self.samples.read((i + step) % len(self.samples), rng) | {"skipped": step, "why": why}
+            except Unreadable as error:
+                why = str(error)
+        raise ValueError(f"no sample can be read, for example {why}")
+
+
+def batches(count, batch, epochs, seed, start=0):
+    """Batch by batch from step `start` on, this rank's part of each: lists of (epoch, i); the last few drop out."""
+    rank, size = ranks()
+    steps = count // batch
+    for step in range(start, epochs * steps):
+        epoch, at = divmod(step, steps)
+        if at == 0 or step == start:
+            order = np.random.default_rng((seed, epoch)).permutation(count)
+        mine = order[at * batch:(at + 1) * batch].reshape(size, -1)[rank]
+        yield [(epoch, int(i)) for i in mine]
+
+
+# --------------------------------------------------------------------------------- checkpoints
+
+def save_checkpoint(path, content):
+    """Write a checkpoint under a temporary name, then rename it: `path` is always whole."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path, stages):
+    """A checkpoint of one of `stages` as a dict of tensors and plain values. Raises FileNotFoundError, ValueError."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such checkpoint. Make it with pretrain.py, or name one") from None
+    except Exception as error:  # whatever a broken file makes torch raise
+        why = str(error).splitlines()[0] if str(error) else ""
+        raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__}: {why})") from None
+    stage = checkpoint.get("stage") if isinstance(checkpoint, dict) else None
+    if stage not in stages:
+        raise ValueError(f"{path}: " + (f"a checkpoint of stage '{stage}'" if stage else "not a checkpoint of ours")
+                         + f"; needed here: {' or '.join(stages)}")
+    return checkpoint
+
+
+def audio_encoder_of(checkpoint):
+    """Audio encoder, frozen, and front end out of a loaded checkpoint."""
+    encoder = VisionTransformer(**checkpoint["encoder"])
+    prefix = "audio_encoder."
+    encoder.load_state_dict({key[len(prefix):]: value for key, value in checkpoint["learner"].items()
+                             if key.startswith(prefix)})
+    return encoder.eval().requires_grad_(False), FrontEnd(**checkpoint["front_end"])
+
+
+# ------------------------------------------------------------------------------------ the loop
+
+def versions():
+    """What a checkpoint and a log say of the software that made them."""
+    return {"python": sys.version.split()[0], "torch": str(torch.__version__), "numpy": np.__version__}
+
+
+class Log:
+    """log.jsonl, headed by the command, and a line on the console; rank 0 writes. A resumed run drops later lines."""
+
+    def __init__(self, path, step, header):
+        self.file = None
+        if ranks()[0] > 0:
+            return
+        lines = [line for line in path.read_text().splitlines() if json.loads(line).get("step", 0) <= step] \
+            if step and path.exists() else []
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(path, "w")
+        self.file.writelines(line + "\n" for line in [*lines, json.dumps(header | {"versions": versions()})])
+        self.file.flush()
+        print(f"{header['stage']}: {header['samples']} samples, {header['ranks']} rank(s) on {header['device']}, "
+              f"{'from step ' + str(step) if step else 'from the start'}; log in {path}", flush=True)
+
+    def write(self, step, **values):
+        if self.file is None:
+            return
+        self.file.write(json.dumps({"step": step} | values) + "\n")
+        self.file.flush()
+        if "loss" not in values:
+            print("  after epoch {}: {}".format(values.pop("epoch"), ", ".join(f"{k} {v:.1f}" for k, v in values.items())),
+                  flush=True)
+            return
+        v = dict.fromkeys(("temperature",), math.nan) | values
+        print(f"epoch {v['epoch']:.2f} step {step} | loss {v['loss']:.3f} | temperature {v['temperature']:.4f} | "
+              f"lr {v['lr_weights']:.3g} {v['lr_biases']:.3g} | {v['clips_per_second']:.0f} clips/s | "
+              f"waiting {100 * v['waiting']:.0f} % | MFU {100 * v['mfu']:.0f} % | "
+              f"ETA {int(v['eta'] // 3600)}:{int(v['eta'] // 60 % 60):02d}:{int(v['eta'] % 60):02d}"
+              + (f" | skipped {v['skipped']}" if v["skipped"] else ""), flush=True)
+
+
+def device_name(device):
+    """Name of the GPU, or CPU and its threads."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+def make_optimizer(learner, settings):
+    """LARS or Adam over two groups, each with its peak learning rate."""
+    scale = settings.batch / 256 if settings.optimizer == "lars" else 1.0
+    groups = parameter_groups(learner, settings.lr_weights * scale, settings.lr_biases * scale, settings.weight_decay)
+    for group in groups:
+        group["peak"] = group["lr"]
+    return LARS(groups) if settings.optimizer == "lars" else torch.optim.Adam(groups)
+
+
+def train(learner, samples, settings, identity, validate, device):
+    """*The* training loop: leaves <out>/checkpoint.pt and log.jsonl, and goes on from them if they are there.
+
+    learner: forward(batch) -> features; loss(*features) -> (); report() -> numbers to log; flops() of a sample
+    samples: len(), read(i, rng) -> dict of tensors; raises Unreadable
+    identity: what the checkpoint says of itself, "stage" included
+    validate: (learner) -> dict of numbers, called on every rank after each epoch
+    """
+    rank, size = ranks()
+    out = Path(settings.out)
+    checkpoint_path, log_path = out / "checkpoint.pt", out / "log.jsonl"
+    steps_per_epoch = len(samples) // settings.batch
+    if settings.batch % size:
+        raise ValueError(f"--batch {settings.batch} can't be split over {size} ranks")
+    if steps_per_epoch == 0:
+        raise ValueError(f"{len(samples)} samples do not fill one batch of {settings.batch}; lower --batch")
+    steps = settings.epochs * steps_per_epoch
+    learner.to(device).train()
+    optimizer = make_optimizer(learner, settings)
+    start, skipped = 0, 0
+    if checkpoint_path.exists():
+        saved = load_checkpoint(checkpoint_path, [identity["stage"]])
+        changed = {f.name: (saved["settings"].get(f.name), getattr(settings, f.name)) for f in fields(settings)
+                   if f.compare and saved["settings"].get(f.name) != getattr(settings, f.name)}
+        if changed:
+            raise ValueError(f"{checkpoint_path} was made with other settings (then, now): {changed}; "
+                             f"choose another --out, or delete it")
+        learner.load_state_dict(saved["learner"])
+        optimizer.load_state_dict(saved["optimizer"])
+        start, skipped = saved["step"], saved["skipped"]
+    log = Log(log_path, start, {"command": sys.argv, "settings": asdict(settings), **identity, "ranks": size,
+                                "samples": len(samples), "device": device_name(device)})
+    if settings.compile == "yes" or (settings.compile == "auto" and device.type == "cuda"):
+        for tower in (module for module in learner.modules() if isinstance(module, VisionTransformer)):
+            tower.compile()
+    model = DistributedDataParallel(learner) if size > 1 else learner
+    cast = autocast(device, settings.precision)
+    rate = matmul_rate(device, cast)
+    loader = DataLoader(Draws(samples, settings.seed), num_workers=settings.workers,
+                        batch_sampler=batches(len(samples), settings.batch, settings.epochs, settings.seed, start),
+                        pin_memory=device.type == "cuda", prefetch_factor=4 if settings.workers else None)
+    total, since, waited, clock = torch.zeros(2, device=device), 0, 0.0, time.perf_counter()
+    source = iter(loader)
+    for step in range(start, steps):
+        asked = time.perf_counter()
+        batch = next(source)
+        waited += time.perf_counter() - asked
+        for why in filter(None, batch.pop("why")):
+            print(f"skipped: {why}", file=sys.stderr)
+        missed = batch.pop("skipped").sum()
+        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+        factor = schedule(step, steps, settings.warmup_epochs * steps_per_epoch)
+        for group in optimizer.param_groups:
+            group["lr"] = factor * group["peak"]
+        with cast:
+            features = model(batch)
+        loss = learner.loss(*features)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+        total += torch.stack([loss.detach(), missed.to(device)])
+        since += 1
+        epoch_ends = (step + 1) % steps_per_epoch == 0
+        saves = epoch_ends or (step + 1) % settings.save_every == 0
+        if saves or since == settings.log_every:  # the only place where the device is waited for
+            if size > 1:
+                dist.all_reduce(total)
+            mean_loss, missed = total[0].item() / since / size, int(total[1].item())
+            seconds = time.perf_counter() - clock
+            skipped += missed
+            if not math.isfinite(mean_loss):
+                raise FloatingPointError(f"the loss is {mean_loss} before step {step + 1}. The last good checkpoint stays "
+                                         f"in {checkpoint_path}; lower --lr-weights or --lr-biases, or use --precision fp32")
+            if skipped > 0.01 * len(samples):
+                raise ValueError(f"{skipped} clips of this epoch could not be read, over 1 % of {len(samples)}; "
+                                 f"mend or remove the files named above")
+            speed = since * settings.batch / seconds
+            log.write(step + 1, epoch=(step + 1) / steps_per_epoch, loss=mean_loss,
+                      **learner.report(), lr_weights=optimizer.param_groups[0]["lr"],
+                      lr_biases=optimizer.param_groups[1]["lr"], clips_per_second=speed, waiting=waited / seconds,
+                      mfu=speed * learner.flops() / rate / size, skipped=skipped,
+                      eta=seconds / since * (steps - step - 1))
+            total, since, waited, clock = torch.zeros(2, device=device), 0, 0.0, time.perf_counter()
+        if epoch_ends:
+            skipped = 0
+            log.write(step + 1, epoch=(step + 1) // steps_per_epoch, **validate(learner.eval()))
+            learner.train()
+        if rank == 0 and saves:  # after the loss was seen to be finite
+            save_checkpoint(checkpoint_path, identity | {
+                "settings": asdict(settings), "versions": versions(), "step": step + 1, "steps": steps,
+                "skipped": skipped, "learner": learner.state_dict(), "optimizer": optimizer.state_dict()})
+        if saves:
+            clock = time.perf_counter()
+    barrier()
+
+
+# ------------------------------------------------------------------------------------- stage 1
+
+def top1(queries, gallery, labels):
+    """Top-1 retrieval precision and recall in % where relevant means the same label *set* (§3.2.2).
+
+    queries, gallery: (N, D) unit vectors of the same N clips; labels: N collections of labels.
+    """
+    kinds = {}
+    kind = torch.tensor([kinds.setdefault(frozenset(label), len(kinds)) for label in labels])      # (N,)
+    best = torch.cat([(part @ gallery.T).argmax(1) for part in queries.split(1024)])               # (N,)
+    hit = (kind[best] == kind).float()
+    return {"precision@1": 100 * hit.mean().item(),
+            "recall@1": 100 * (hit / torch.bincount(kind)[kind]).mean().item()}
+
+
+def second_frames(clips, bank):
+    """The embedding of each clip's second frame, the paper's middle one (N, D), and which clips have any (N,)."""
+    rows = [bank.of(i)[:2][-1:] for i in range(len(clips))]
+    has = torch.tensor([len(row) > 0 for row in rows])
+    return torch.from_numpy(bank.embeddings[np.concatenate(rows)].astype(np.float32)), has
+
+
+def make_toy_clip(clip, device):
+    """Train the toy's CLIP on the toy's image-caption pairs and leave its weights at `clip`, unless they are there."""
+    if Path(clip).exists():
+        return
+    torch.manual_seed(TOY_CLIP.seed)
+    tokenizer = Tokenizer(TOY.vocab, context_length=16)
+    pairs = read_index("data/toy/pairs.jsonl", need=("frames", "captions"))
+    val = read_index("data/toy/val.jsonl", need=("frames", "captions", "labels"))
+    learner = ClipLearner(CLIP(image_size=64, patch=16, vision_width=128, vision_layers=3, context_length=16,
+                               vocab_size=tokenizer.vocab_size, text_width=128, text_layers=1, output_dim=64))
+
+    def validate(learner):
+        images, _ = embed_all([c.frames[1] for c in val], partial(load_image, size=64), learner.clip.encode_image,
+                              64, device)
+        texts, _ = embed_all([c.captions[0] for c in val], lambda text: tokenizer([text])[0], learner.clip.encode_text,
+                             64, device)
+        return {f"image->text {k}": v for k, v in top1(images, texts, [c.id for c in val]).items()}
+
+    train(learner, PairSamples(pairs, tokenizer, 64), TOY_CLIP, {"stage": "toy-clip"}, validate, device)
+    if ranks()[0] == 0:
+        save_checkpoint(clip, learner.clip.state_dict())
+    barrier()
+
+
+def main():
+    settings = parse(Settings(), PRESETS, description=__doc__)
+    device = start_ranks()
+    if settings.data == "toy":
+        if ranks()[0] == 0 and not Path("data/toy").exists():
+            make_toy("data/toy")
+        barrier()
+        if settings.clip == TOY.clip:
+            make_toy_clip(settings.clip, device)
+    folder = dataset_folder(settings.data)
+    out = settings.out or f"out/{folder.name}/pretrain{'-random' if settings.init == 'random' else ''}"
+    settings = replace(settings, out=out)
+    clips = read_index(folder / "train.jsonl", need=("audio", "frames"))
+    val = read_index(folder / "val.jsonl", need=("audio", "frames", "labels"))
+    weights = cached(settings.clip) if settings.clip in MODELS else settings.clip
+    clip = load_clip(weights, device)
+    cast = autocast(device, settings.precision)
+
+    def bank(name, clips):
+        with cast:
+            return frame_bank(folder / "banks" / f"{name}-{fingerprint(clip)}", clips, clip, device, settings.workers)
+
+    train_bank, val_bank = bank("train", clips), bank("val", val)
+    torch.manual_seed(settings.seed)
+    start = audio_encoder_from_clip if settings.init == "clip" else blank_audio_encoder
+    encoder = start(clip, settings.frames, settings.mels, (settings.stride_time, settings.stride_mel))
+    learner = AudioLearner(encoder, settings.front_end)
+    for parameter in learner.parameters():
+        parameter.requires_grad_(True)
+    images, has_image = second_frames(val, val_bank)
+
+    def validate(learner):
+        """Image -> audio retrieval on the validation clips (Fig. 5)."""
+        with cast:
+            audio, heard = embed_all([c.audio for c in val], learner.front_end.load,
+                                     lambda wave, length: learner.audio_encoder(learner.front_end(wave, length)),
+                                     images.shape[1], device)
+        both = heard & has_image
+        return {f"image->audio {k}": v for k, v in top1(images[heard[has_image]], audio[both],
+                [c.labels for c, use in zip(val, both) if use]).items()}
+
+    identity = {"stage": "pretrain", "front_end": asdict(settings.front_end), "encoder": encoder.config,
+                "clip": {"weights": str(Path(weights).resolve()), "vocab": str(Path(settings.vocab).resolve()),
+                         "fingerprint": fingerprint(clip)}}
+    train(learner, AudioSamples(clips, train_bank, settings.front_end), settings, identity, validate, device)
+    if ranks()[0] == 0 and settings.data == "toy":
+        command = ["evaluate.py", "--task", "toy", "--checkpoint", f"{out}/checkpoint.pt"]
+        print("\n$ python " + " ".join(command), flush=True)
+        subprocess.run([sys.executable, *command], check=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError, FloatingPointError) as error:
+        sys.exit(f"pretrain.py: {error}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
