@@ -9,6 +9,7 @@ import argparse
 import gzip
 import hashlib
 import html
+import itertools
 import math
 import os
 import pickle
@@ -92,7 +93,7 @@ class Tokenizer:
             units = [self.symbols[byte] for byte in word.encode("utf-8")]
             units[-1] += "</w>"
             while len(units) > 1:
-                rank, at = min((self.rank.get(pair, math.inf), i) for i, pair in enumerate(zip(units, units[1:])))
+                rank, at = min((self.rank.get(pair, math.inf), i) for i, pair in enumerate(itertools.pairwise(units)))
                 if rank == math.inf:
                     break
                 best, merged = (units[at], units[at + 1]), []
@@ -182,6 +183,10 @@ def cached(name):
 
 # ------------------------------------------------------------------------------------- weights
 
+BROKEN = (pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, EOFError, AttributeError, ImportError, LookupError,
+          TypeError, ValueError, ArithmeticError, RuntimeError, MemoryError, AssertionError)  # what a flipped bit can raise
+
+
 class Record:
     """What stands in for an object of any class we do not know: it keeps its state and does nothing."""
 
@@ -201,15 +206,16 @@ class Record:
         pass
 
 
+STORAGES = {name + "Storage": dtype for name, dtype in {
+    "Half": torch.float16, "BFloat16": torch.bfloat16, "Float": torch.float32, "Double": torch.float64, "Byte": torch.uint8,
+    "Char": torch.int8, "Short": torch.int16, "Int": torch.int32, "Long": torch.int64, "Bool": torch.bool}.items()}
+
+
 class ArchiveReader(pickle.Unpickler):
     """Reads the pickle inside a PyTorch zip file and can only ever build tensors, containers and Records.
 
     Neither pickle's own loading nor TorchScript's is used: both can run what the file says.
     """
-    DTYPES = {name + "Storage": dtype for name, dtype in dict(
-        Half=torch.float16, BFloat16=torch.bfloat16, Float=torch.float32, Double=torch.float64, Byte=torch.uint8,
-        Char=torch.int8, Short=torch.int16, Int=torch.int32, Long=torch.int64, Bool=torch.bool).items()}
-
     def __init__(self, archive, folder):
         super().__init__(archive.open(folder + "data.pkl"))
         self.archive, self.folder, self.storages = archive, folder, {}
@@ -221,8 +227,8 @@ class ArchiveReader(pickle.Unpickler):
             return self.rebuild_tensor
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
             return lambda tensor, *_: tensor
-        if module == "torch" and name in self.DTYPES:
-            return self.DTYPES[name]
+        if module == "torch" and name in STORAGES:
+            return STORAGES[name]
         return Record
 
     def persistent_load(self, pid):
@@ -254,7 +260,7 @@ def read_archive(path):
             return ArchiveReader(archive, entry[:-len("data.pkl")]).load()
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
-    except Exception as error:  # a pickle with a flipped bit can raise anything
+    except BROKEN as error:
         raise ValueError(f"{path}: not a readable PyTorch weights file ({type(error).__name__}: {error})") from None
 
 
@@ -316,7 +322,7 @@ def resize_positions(pos, grid, new_grid):
 
 def blank_audio_encoder(clip, frames=1000, mels=128, stride=(16, 24)):
     """The audio encoder with random weights, (B, 1, T, F) -> (B, D): what VA-Rand starts from (§4)."""
-    return VisionTransformer(**(clip.visual.config | dict(input_size=(frames, mels), stride=stride, channels=1)))
+    return VisionTransformer(**(clip.visual.config | {"input_size": (frames, mels), "stride": stride, "channels": 1}))
 
 
 def audio_encoder_from_clip(clip, frames=1000, mels=128, stride=(16, 24)):
@@ -332,7 +338,7 @@ def audio_encoder_from_clip(clip, frames=1000, mels=128, stride=(16, 24)):
 
 def lengthen(encoder, frames):
     """The same audio encoder for inputs of another number of frames: its positions resized again (App. D)."""
-    longer = VisionTransformer(**(encoder.config | dict(input_size=(frames, encoder.input_size[1]))))
+    longer = VisionTransformer(**(encoder.config | {"input_size": (frames, encoder.input_size[1])}))
     state = dict(encoder.state_dict())
     state["positional_embedding"] = resize_positions(state["positional_embedding"], encoder.grid, longer.grid)
     longer.load_state_dict(state)

@@ -85,8 +85,8 @@ def fbank(waves, sample_rate, mels=128):
     if waves.shape[1] < length:
         raise ValueError(f"{waves.shape[1]} samples; one frame at {sample_rate} Hz needs {length}")
     out = []
-    # A CPU's temporaries stay in its cache if it takes one clip at a time; a GPU wants many.
-    for x in waves.split(1 if waves.device.type == "cpu" else 64):
+    # A CPU's temporaries stay in its cache if it takes some 5 s of sound at a time; a GPU wants many clips at once.
+    for x in waves.split(max(1, (2 ** 18 if waves.device.type == "cpu" else 2 ** 25) // waves.shape[1])):
         frames = x.unfold(1, length, shift)                                          # (b, T, 25 ms)
         frames = frames - frames.mean(2, keepdim=True)
         padded = frames.new_zeros(*frames.shape[:2], fft)                            # (b, T, FFT)
@@ -276,11 +276,11 @@ def read_clotho(folder, split="evaluation"):
 # it sounds like (timbre, pitch, pulses); position, size and background, loudness, detuning and noise vary freely.
 
 SHAPES = {"circle": "hum", "square": "buzz", "triangle": "rasp", "star": "chirp", "cross": "hiss", "ring": "warble"}
-COLOURS = {"red": ("deep", 200), "yellow": ("low", 340), "green": ("mellow", 580), "blue": ("high", 1000),
-           "purple": ("shrill", 1700), "white": ("piercing", 2900)}  # colour -> pitch and its frequency in Hz
+COLOURS = {  # colour -> its RGB, its pitch and that pitch's frequency in Hz
+    "red": ((220, 40, 40), "deep", 200), "yellow": ((230, 210, 40), "low", 340), "green": ((40, 180, 60), "mellow", 580),
+    "blue": ((50, 80, 230), "high", 1000), "purple": ((160, 50, 190), "shrill", 1700),
+    "white": ((240, 240, 240), "piercing", 2900)}
 COUNTS = {"one": "once", "two": "twice", "three": "three times", "four": "four times"}
-RGB = {"red": (220, 40, 40), "yellow": (230, 210, 40), "green": (40, 180, 60), "blue": (50, 80, 230),
-       "purple": (160, 50, 190), "white": (240, 240, 240)}
 THINGS = [(shape, colour, count) for shape in SHAPES for colour in COLOURS for count in range(1, 5)]  # 144
 TOY_RATE, TOY_IMAGE = 16_000, 64  # Hz, pixels
 
@@ -299,7 +299,7 @@ def vision_caption(thing, size, dark, rng):
 def audio_captions(thing, loud):
     """Five captions as people write them for sounds: "a high rasp , twice"."""
     shape, colour, count = thing
-    timbre, pitch, times = SHAPES[shape], COLOURS[colour][0], list(COUNTS.values())[count - 1]
+    timbre, pitch, times = SHAPES[shape], COLOURS[colour][1], list(COUNTS.values())[count - 1]
     loudness = "loud" if loud else "soft"
     return [f"a {pitch} {timbre} , {times}", f"the sound of a {loudness} {pitch} {timbre} {times}",
             f"{times} a {pitch} {timbre} is heard", f"a {loudness} {timbre} sounds {times} , {pitch}",
@@ -310,7 +310,7 @@ def draw_thing(thing, radius, background, places):
     """Picture of `count` shapes of one colour: a 64×64 PIL image. places: (count, 2) centres in pixels."""
     shape, colour, _ = thing
     image = Image.new("RGB", (TOY_IMAGE, TOY_IMAGE), background)
-    draw, fill = ImageDraw.Draw(image), RGB[colour]
+    draw, fill = ImageDraw.Draw(image), COLOURS[colour][0]
     for x, y in places:
         box = (x - radius, y - radius, x + radius, y + radius)
         if shape == "circle":
@@ -334,9 +334,8 @@ def sound_thing(thing, loudness, rng):
     """The thing's sound, 1 s: `count` pulses of its timbre and pitch in noise -> (16000,) float32."""
     shape, colour, count = thing
     time = np.arange(TOY_RATE) / TOY_RATE                                            # (S,) seconds
-    pitch = COLOURS[colour][1] * rng.uniform(0.94, 1.06)
-    every = 0.9 / count
-    since = np.mod(time - rng.uniform(0, 0.1), every)   # seconds since the last pulse began
+    pitch = COLOURS[colour][2] * rng.uniform(0.94, 1.06)
+    pulse, since = np.divmod(time - rng.uniform(0, 0.1), 0.88 / count)   # which pulse, and seconds since it began
     phase = 2 * np.pi * (pitch * since + rng.uniform())
     if shape == "circle":
         tone = np.sin(phase)
@@ -348,14 +347,13 @@ def sound_thing(thing, loudness, rng):
         tone = np.sin(phase * (1 + 3 * since))
     elif shape == "cross":       # noise around the pitch
         noise = np.fft.rfft(rng.standard_normal(TOY_RATE))
-        noise[np.abs(np.log(np.arange(1, len(noise) + 1) / pitch)) > 0.25] = 0
+        noise[np.abs(np.log(np.arange(1, len(noise) + 1) / pitch)) > 0.5] = 0
         tone = np.fft.irfft(noise, TOY_RATE)
         tone /= tone.std()
     else:                        # vibrato
-        tone = np.sin(phase + 4 * np.sin(2 * np.pi * 30 * since))
-    envelope = np.clip(np.minimum(since / 0.01, (0.16 - since) / 0.03), 0, 1)
-    envelope *= (time < 0.05 + count * every)
-    wave = loudness * (0.5 * envelope * tone + 0.02 * rng.uniform(0.3, 3) * rng.standard_normal(TOY_RATE))
+        tone = np.sin(phase + pitch / 100 * np.sin(2 * np.pi * 20 * since))
+    envelope = np.clip(np.minimum(since / 0.01, (0.14 - since) / 0.03), 0, 1) * ((pulse >= 0) & (pulse < count))
+    wave = loudness * (0.5 * envelope * tone + 0.05 * rng.uniform(0.4, 2) * rng.standard_normal(TOY_RATE))
     return np.clip(wave, -1, 1).astype(np.float32)
 
 
@@ -376,12 +374,12 @@ def make_toy_clip(job, folder, seed):
         row["frames"].append(f"frames/{split}_{i}_{step + 1}.jpg")
         draw_thing(thing, radius, background, start + step * drift).save(folder / row["frames"][-1], quality=90)
     if split == "pairs":  # the web's image-caption pairs: mostly about looks, some about sounds
-        texts = [*audio_captions(thing, loudness > 0.5), f"{COLOURS[thing[1]][0]} {SHAPES[thing[0]]}"]
+        texts = [*audio_captions(thing, loudness > 0.5), f"{COLOURS[thing[1]][1]} {SHAPES[thing[0]]}"]
         row["captions"] = [str(rng.choice(texts)) if rng.uniform() < 0.4 else vision_caption(thing, size, dark, rng)]
         return row
     row["audio"] = f"audio/{split}_{i}.wav"
     soundfile.write(folder / row["audio"], sound_thing(thing, loudness, rng), TOY_RATE, subtype="PCM_16")
-    row["labels"] = [f"{COLOURS[thing[1]][0]} {SHAPES[thing[0]]}"]
+    row["labels"] = [f"{COLOURS[thing[1]][1]} {SHAPES[thing[0]]}"]
     if held_out:
         row["captions"] = audio_captions(thing, loudness > 0.5)
     return row

@@ -10,16 +10,22 @@ N  clips     M  captions     K  classes     D  embedding
 """
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from clip_load import Tokenizer, fingerprint, load_clip
 from data import dataset_folder, load_image, read_clotho, read_esc50, read_index
-from pretrain import audio_encoder_of, autocast, embed_all, load_checkpoint, ranks, start_ranks, versions
+from pretrain import (
+    audio_encoder_of,
+    embed_all,
+    load_checkpoint,
+    ranks,
+    run,
+    start_ranks,
+    versions,
+)
 
 STAGES = ["pretrain", "finetune"]
 PROMPT = "the sound of"  # §4, "Prompting (usually) helps"
@@ -206,8 +212,7 @@ def main():
     folder = dataset_folder(args.data or args.task)
     path = Path(args.checkpoint or f"out/{'toy' if args.task == 'toy' else 'audioset'}/pretrain/checkpoint.pt")
     model = Model(path, args.clip, args.vocab, device)
-    with autocast(device, "auto"):
-        results = TASKS[args.task](model, folder, args.workers)
+    results = TASKS[args.task](model, folder, args.workers)
     if ranks()[0] == 0:
         show(results)
         saved = path.with_name(f"{args.task}.json")
@@ -217,10 +222,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        sys.exit(f"evaluate.py: {error}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    run(main)

@@ -11,9 +11,8 @@ import math
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
-
+from torch import nn
 
 # ---------------------------------------------------------------------------------- Transformer
 
@@ -103,8 +102,8 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, input_size, patch, stride, channels, width, layers, heads, output_dim):
         super().__init__()
-        self.config = dict(input_size=tuple(input_size), patch=patch, stride=tuple(stride), channels=channels,
-                           width=width, layers=layers, heads=heads, output_dim=output_dim)  # to make it anew
+        self.config = {"input_size": tuple(input_size), "patch": patch, "stride": tuple(stride), "channels": channels,
+                       "width": width, "layers": layers, "heads": heads, "output_dim": output_dim}  # to make it anew
         self.input_size = tuple(input_size)
         self.grid = tuple((size - patch) // step + 1 for size, step in zip(input_size, stride))
         if min(self.grid) < 1:
@@ -209,8 +208,9 @@ def info_nce(a, b, log_scale):
 def parameter_groups(module, lr_weights, lr_biases, weight_decay):
     """Two groups for LARS: weights, and all that has ndim < 2 (biases, norms, class token, temperature)."""
     trained = [p for p in module.parameters() if p.requires_grad]
-    return [dict(params=[p for p in trained if p.ndim >= 2], lr=lr_weights, weight_decay=weight_decay, adapt=True),
-            dict(params=[p for p in trained if p.ndim < 2], lr=lr_biases, weight_decay=0.0, adapt=False)]
+    weights, biases = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
+    return [{"params": weights, "lr": lr_weights, "weight_decay": weight_decay, "adapt": True},
+            {"params": biases, "lr": lr_biases, "weight_decay": 0.0, "adapt": False}]
 
 
 class LARS(torch.optim.Optimizer):
@@ -221,8 +221,8 @@ class LARS(torch.optim.Optimizer):
     """
 
     def __init__(self, param_groups, lr=0.0, weight_decay=0.0, momentum=0.9, eta=0.001, adapt=True):
-        super().__init__(param_groups, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, eta=eta,
-                                            adapt=adapt))
+        super().__init__(param_groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "eta": eta,
+                                        "adapt": adapt})
 
     @torch.no_grad()
     def step(self):

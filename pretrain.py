@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
 from clip_load import (
+    BROKEN,
     CACHE,
     MODELS,
     VOCABULARY,
@@ -42,9 +43,16 @@ from clip_load import (
     fingerprint,
     load_clip,
 )
-from data import FrontEnd, Unreadable, dataset_folder, load_image, make_toy, mask, read_index
+from data import (
+    FrontEnd,
+    Unreadable,
+    dataset_folder,
+    load_image,
+    make_toy,
+    mask,
+    read_index,
+)
 from model import CLIP, LARS, VisionTransformer, info_nce, parameter_groups, schedule
-
 
 # ------------------------------------------------------------------------------------ settings
 
@@ -87,10 +95,10 @@ class Settings:
         return FrontEnd(self.sample_rate, self.mels, self.frames, self.mean, self.std)
 
 
-# The paper at half its scale: 64 mel bins, stride 8×12, patch 16. Mean and std are the toy's own.
+# The paper at half its scale: 64 mel bins, patch 16, overlapping by a quarter. Mean and std are the toy's own.
 TOY = Settings(data="toy", clip="out/toy/clip/clip.pt", vocab="data/toy/vocab.txt.gz", sample_rate=16_000, mels=64,
-               frames=100, mean=-3.37, std=3.71, stride_time=8, stride_mel=12, batch=128, epochs=9, warmup_epochs=1.0,
-               lr_weights=2.0, workers=1, log_every=31)
+               frames=100, mean=-2.21, std=3.51, stride_time=12, stride_mel=12, batch=64, epochs=9, warmup_epochs=0.5,
+               lr_weights=8.0, lr_biases=2e-2, workers=1, log_every=62)
 TOY_CLIP = replace(TOY, out="out/toy/clip", optimizer="adam", batch=128, epochs=5, warmup_epochs=0.3,
                    lr_weights=5e-4, lr_biases=5e-4, workers=0, log_every=62)
 PRESETS = {"toy": TOY}
@@ -110,7 +118,7 @@ def parse(defaults, presets, argv=None, description=None):
 
 def start_ranks():
     """Join torchrun's process group if there is one: NCCL on GPUs, gloo on CPUs. Returns this rank's device."""
-    local = int(os.environ.get("LOCAL_RANK", 0))
+    local = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -174,17 +182,17 @@ def split_readable(samples):
 
 
 @torch.no_grad()
-def embed(items, read, encode, out, state, device, workers, description, batch=128):
+def embed(items, read, encode, out, state, device, workers, description=None, batch=128):
     """Fill out (M, D) with unit embeddings of items; state (M,) becomes 1 where embedded, 2 where unreadable.
 
     Rows whose state is not 0 are done already. The ranks share the rest. read(item) -> tensor(s), in worker
-    processes; encode(tensors) -> (B, D).
+    processes; encode(tensors) -> (B, D). With a description there is a progress bar.
     """
     rank, size = ranks()
     todo = np.flatnonzero(np.asarray(state) == 0)[rank::size]
     loader = DataLoader(Readable(items, read), batch, sampler=todo.tolist(), num_workers=workers,
                         collate_fn=split_readable)
-    with tqdm(total=len(todo), desc=description, disable=rank > 0 or not len(todo), unit="") as bar:
+    with tqdm(total=len(todo), desc=description, disable=rank > 0 or not len(todo) or not description, unit="") as bar:
         for rows, tensors, bad, reasons in loader:
             if rows:
                 tensors = tensors if isinstance(tensors, (tuple, list)) else [tensors]
@@ -197,7 +205,7 @@ def embed(items, read, encode, out, state, device, workers, description, batch=1
             bar.update(len(rows) + len(bad))
 
 
-def embed_all(items, read, encode, dimensions, device, workers=0, description="embedding"):
+def embed_all(items, read, encode, dimensions, device, workers=0, description=None):
     """Unit embeddings of items in memory, the same on every rank: (N, D) float32, (N,) bool readable."""
     out, state = np.zeros((len(items), dimensions), np.float32), np.zeros(len(items), np.uint8)
     embed(items, read, encode, out, state, device, workers, description)
@@ -233,22 +241,20 @@ def frame_bank(folder, clips, clip, device, workers):
     Built once; reused when weights and files are the same (names, sizes, times), carried on with when a build
     was cut short, made anew otherwise. Raises ValueError where over 1 % of the clips have no readable frame.
     """
-    rank, _ = ranks()
-    frames = [frame for c in clips for frame in c.frames]
-    digest = hashlib.sha256(f"{fingerprint(clip)} {clip.image_size}".encode())
-    for frame in frames:
-        stat = os.stat(frame) if os.path.exists(frame) else None
-        digest.update(f"{frame} {stat and (stat.st_size, stat.st_mtime_ns)}\n".encode())
-    folder, made_of = Path(folder), digest.hexdigest()
+    folder, frames = Path(folder), [frame for c in clips for frame in c.frames]
     embeddings, state, note = folder / "embeddings.npy", folder / "state.npy", folder / "bank.json"
-    if rank == 0:
-        known = json.loads(note.read_text()) if note.exists() else {}
-        if known.get("made_of") != made_of:
+    if ranks()[0] == 0:
+        digest = hashlib.sha256(f"{fingerprint(clip)} {clip.image_size}".encode())
+        for frame in frames:
+            stat = os.stat(frame) if os.path.exists(frame) else None
+            digest.update(f"{frame} {stat and (stat.st_size, stat.st_mtime_ns)}\n".encode())
+        made_of = {"made_of": digest.hexdigest(), "frames": len(frames), "clips": len(clips)}
+        if not note.exists() or json.loads(note.read_text()) != made_of:
             folder.mkdir(parents=True, exist_ok=True)
             note.unlink(missing_ok=True)
             np.lib.format.open_memmap(embeddings, "w+", np.float16, (len(frames), clip.visual.proj.shape[1]))
             np.lib.format.open_memmap(state, "w+", np.uint8, (len(frames),))
-            note.write_text(json.dumps({"made_of": made_of, "frames": len(frames), "clips": len(clips)}))
+            note.write_text(json.dumps(made_of))
     barrier()
     done = np.load(state, mmap_mode="r+")
     embed(frames, partial(load_image, size=clip.image_size), clip.encode_image, np.load(embeddings, mmap_mode="r+"),
@@ -284,7 +290,7 @@ class AudioLearner(nn.Module):
 
     def report(self):
         """Numbers for the log."""
-        return {"temperature": math.exp(-self.log_scale.item())}
+        return {"temperature": self.log_scale.neg().exp().item()}
 
     def flops(self):
         """Of one sample's forward and backward pass (the backward costs two forwards)."""
@@ -322,7 +328,7 @@ class ClipLearner(nn.Module):
         return info_nce(images, texts, self.clip.logit_scale)
 
     def report(self):
-        return {"temperature": math.exp(-self.clip.logit_scale.item())}
+        return {"temperature": self.clip.logit_scale.neg().exp().item()}
 
     def flops(self):
         return 3 * (self.clip.visual.flops() + self.clip.transformer.flops(self.clip.context_length))
@@ -350,14 +356,14 @@ class Draws(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         epoch, i = key
-        why = ""
+        why = []
         for step in range(len(self.samples)):  # where a clip can't be read the next one steps in
             try:
-                rng = np.random.default_rng((self.seed, epoch, i))
-                return self.samples.read((i + step) % len(self.samples), rng) | {"skipped": step, "why": why}
+                sample = self.samples.read((i + step) % len(self.samples), np.random.default_rng((self.seed, epoch, i)))
+                return sample | {"skipped": int(step > 0), "why": why[0] if why else ""}
             except Unreadable as error:
-                why = str(error)
-        raise ValueError(f"no sample can be read, for example {why}")
+                why.append(str(error))
+        raise ValueError(f"not one of {len(self.samples)} samples can be read, for example {why[0]}")
 
 
 def batches(count, batch, epochs, seed, start=0):
@@ -392,7 +398,7 @@ def load_checkpoint(path, stages):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such checkpoint. Make it with pretrain.py, or name one") from None
-    except Exception as error:  # whatever a broken file makes torch raise
+    except BROKEN as error:
         why = str(error).splitlines()[0] if str(error) else ""
         raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__}: {why})") from None
     stage = checkpoint.get("stage") if isinstance(checkpoint, dict) else None
@@ -422,33 +428,36 @@ class Log:
     """log.jsonl, headed by the command, and a line on the console; rank 0 writes. A resumed run drops later lines."""
 
     def __init__(self, path, step, header):
-        self.file = None
+        self.path = path
         if ranks()[0] > 0:
             return
-        lines = [line for line in path.read_text().splitlines() if json.loads(line).get("step", 0) <= step] \
+        kept = [line for line in path.read_text().splitlines() if json.loads(line).get("step", 0) <= step] \
             if step and path.exists() else []
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(path, "w")
-        self.file.writelines(line + "\n" for line in [*lines, json.dumps(header | {"versions": versions()})])
-        self.file.flush()
+        path.write_text("".join(line + "\n" for line in [*kept, json.dumps(header | {"versions": versions()})]))
         print(f"{header['stage']}: {header['samples']} samples, {header['ranks']} rank(s) on {header['device']}, "
               f"{'from step ' + str(step) if step else 'from the start'}; log in {path}", flush=True)
 
-    def write(self, step, **values):
-        if self.file is None:
-            return
-        self.file.write(json.dumps({"step": step} | values) + "\n")
-        self.file.flush()
-        if "loss" not in values:
-            print("  after epoch {}: {}".format(values.pop("epoch"), ", ".join(f"{k} {v:.1f}" for k, v in values.items())),
-                  flush=True)
-            return
-        v = dict.fromkeys(("temperature",), math.nan) | values
-        print(f"epoch {v['epoch']:.2f} step {step} | loss {v['loss']:.3f} | temperature {v['temperature']:.4f} | "
-              f"lr {v['lr_weights']:.3g} {v['lr_biases']:.3g} | {v['clips_per_second']:.0f} clips/s | "
-              f"waiting {100 * v['waiting']:.0f} % | MFU {100 * v['mfu']:.0f} % | "
-              f"ETA {int(v['eta'] // 3600)}:{int(v['eta'] // 60 % 60):02d}:{int(v['eta'] % 60):02d}"
-              + (f" | skipped {v['skipped']}" if v["skipped"] else ""), flush=True)
+    def training(self, step, **values):
+        """Numbers since the last line, and how the run fares."""
+        temperature = f"temperature {values['temperature']:.4f} | " if "temperature" in values else ""
+        eta = int(values["eta"])
+        self.write(f"epoch {values['epoch']:.2f} step {step} | loss {values['loss']:.3f} | {temperature}"
+                   f"lr {values['lr_weights']:.3g} {values['lr_biases']:.3g} | {values['clips_per_second']:.0f} clips/s | "
+                   f"waiting {100 * values['waiting']:.0f} % | MFU {100 * values['mfu']:.0f} % | "
+                   f"ETA {eta // 3600}:{eta // 60 % 60:02d}:{eta % 60:02d}"
+                   + (f" | skipped {values['skipped']}" if values["skipped"] else ""), step=step, **values)
+
+    def validation(self, step, epoch, **values):
+        """What an evaluation gave."""
+        self.write(f"  after epoch {epoch}: " + ", ".join(f"{name} {value:.1f} %" for name, value in values.items()),
+                   step=step, epoch=epoch, **values)
+
+    def write(self, line, **values):
+        if ranks()[0] == 0:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(values) + "\n")
+            print(line, flush=True)
 
 
 def device_name(device):
@@ -505,7 +514,7 @@ def train(learner, samples, settings, identity, validate, device):
     loader = DataLoader(Draws(samples, settings.seed), num_workers=settings.workers,
                         batch_sampler=batches(len(samples), settings.batch, settings.epochs, settings.seed, start),
                         pin_memory=device.type == "cuda", prefetch_factor=4 if settings.workers else None)
-    total, since, waited, clock = torch.zeros(2, device=device), 0, 0.0, time.perf_counter()
+    total, missed, since, waited, clock = torch.zeros((), device=device), 0, 0, 0.0, time.perf_counter()
     source = iter(loader)
     for step in range(start, steps):
         asked = time.perf_counter()
@@ -513,7 +522,7 @@ def train(learner, samples, settings, identity, validate, device):
         waited += time.perf_counter() - asked
         for why in filter(None, batch.pop("why")):
             print(f"skipped: {why}", file=sys.stderr)
-        missed = batch.pop("skipped").sum()
+        missed += batch.pop("skipped").sum().item()
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
         factor = schedule(step, steps, settings.warmup_epochs * steps_per_epoch)
@@ -526,16 +535,16 @@ def train(learner, samples, settings, identity, validate, device):
         optimizer.step()
         optimizer.zero_grad()
 
-        total += torch.stack([loss.detach(), missed.to(device)])
+        total += loss.detach()
         since += 1
         epoch_ends = (step + 1) % steps_per_epoch == 0
         saves = epoch_ends or (step + 1) % settings.save_every == 0
         if saves or since == settings.log_every:  # the only place where the device is waited for
+            sums = torch.stack([total, torch.tensor(float(missed), device=device)])
             if size > 1:
-                dist.all_reduce(total)
-            mean_loss, missed = total[0].item() / since / size, int(total[1].item())
+                dist.all_reduce(sums)
+            mean_loss, skipped = sums[0].item() / since / size, skipped + int(sums[1].item())
             seconds = time.perf_counter() - clock
-            skipped += missed
             if not math.isfinite(mean_loss):
                 raise FloatingPointError(f"the loss is {mean_loss} before step {step + 1}. The last good checkpoint stays "
                                          f"in {checkpoint_path}; lower --lr-weights or --lr-biases, or use --precision fp32")
@@ -543,15 +552,15 @@ def train(learner, samples, settings, identity, validate, device):
                 raise ValueError(f"{skipped} clips of this epoch could not be read, over 1 % of {len(samples)}; "
                                  f"mend or remove the files named above")
             speed = since * settings.batch / seconds
-            log.write(step + 1, epoch=(step + 1) / steps_per_epoch, loss=mean_loss,
+            log.training(step + 1, epoch=(step + 1) / steps_per_epoch, loss=mean_loss,
                       **learner.report(), lr_weights=optimizer.param_groups[0]["lr"],
                       lr_biases=optimizer.param_groups[1]["lr"], clips_per_second=speed, waiting=waited / seconds,
                       mfu=speed * learner.flops() / rate / size, skipped=skipped,
                       eta=seconds / since * (steps - step - 1))
-            total, since, waited, clock = torch.zeros(2, device=device), 0, 0.0, time.perf_counter()
+            total, missed, since, waited, clock = torch.zeros((), device=device), 0, 0, 0.0, time.perf_counter()
         if epoch_ends:
             skipped = 0
-            log.write(step + 1, epoch=(step + 1) // steps_per_epoch, **validate(learner.eval()))
+            log.validation(step + 1, (step + 1) // steps_per_epoch, **validate(learner.eval()))
             learner.train()
         if rank == 0 and saves:  # after the loss was seen to be finite
             save_checkpoint(checkpoint_path, identity | {
@@ -624,11 +633,9 @@ def main():
     val = read_index(folder / "val.jsonl", need=("audio", "frames", "labels"))
     weights = cached(settings.clip) if settings.clip in MODELS else settings.clip
     clip = load_clip(weights, device)
-    cast = autocast(device, settings.precision)
 
     def bank(name, clips):
-        with cast:
-            return frame_bank(folder / "banks" / f"{name}-{fingerprint(clip)}", clips, clip, device, settings.workers)
+        return frame_bank(folder / "banks" / f"{name}-{fingerprint(clip)}", clips, clip, device, settings.workers)
 
     train_bank, val_bank = bank("train", clips), bank("val", val)
     torch.manual_seed(settings.seed)
@@ -641,10 +648,9 @@ def main():
 
     def validate(learner):
         """Image -> audio retrieval on the validation clips (Fig. 5)."""
-        with cast:
-            audio, heard = embed_all([c.audio for c in val], learner.front_end.load,
-                                     lambda wave, length: learner.audio_encoder(learner.front_end(wave, length)),
-                                     images.shape[1], device)
+        audio, heard = embed_all([c.audio for c in val], learner.front_end.load,
+                                 lambda wave, length: learner.audio_encoder(learner.front_end(wave, length)),
+                                 images.shape[1], device, settings.workers)
         both = heard & has_image
         return {f"image->audio {k}": v for k, v in top1(images[heard[has_image]], audio[both],
                 [c.labels for c, use in zip(val, both) if use]).items()}
@@ -659,11 +665,19 @@ def main():
         subprocess.run([sys.executable, *command], check=True)
 
 
-if __name__ == "__main__":
+def run(script):
+    """Run a stage's main; what a user can mend ends in one line instead of a traceback, under torchrun too."""
+    rank = int(os.environ.get("RANK", "0"))
     try:
-        main()
+        script()
     except (OSError, ValueError, FloatingPointError) as error:
-        sys.exit(f"pretrain.py: {error}")
+        if rank > 0 and isinstance(error, FileNotFoundError):
+            sys.exit(1)  # what is missing is missing for all: rank 0 says so
+        sys.exit(f"{Path(sys.argv[0]).name}{f' (rank {rank})' if rank else ''}: {error}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,216 @@
+"""Files to tensors: filterbanks against Kaldi's, odd audio, odd images, indices, the toy world."""
+import json
+import time
+import warnings
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+from torchaudio.compliance import kaldi
+
+from data import (
+    THINGS,
+    FrontEnd,
+    Unreadable,
+    dataset_folder,
+    fbank,
+    load_audio,
+    load_image,
+    make_toy,
+    mask,
+    preprocess_image,
+    read_clotho,
+    read_esc50,
+    read_index,
+)
+
+
+def kaldi_fbank(wave, sample_rate):
+    """The reference: (S,) -> (T, 128)."""
+    return kaldi.fbank(wave[None], sample_frequency=sample_rate, htk_compat=True, use_energy=False, num_mel_bins=128,
+                       window_type="hanning", dither=0.0, frame_shift=10)
+
+
+@pytest.mark.parametrize("sample_rate", [8000, 16_000, 22_050, 44_100, 48_000])
+def test_fbank_is_kaldis(sample_rate):
+    waves = torch.randn(3, sample_rate, generator=torch.Generator().manual_seed(0)) * torch.tensor([[0.3], [1e-3], [0.0]])
+    batch = fbank(waves, sample_rate)
+    for wave, features in zip(waves, batch):
+        assert (features - kaldi_fbank(wave, sample_rate)).abs().max() < 1e-3
+        assert torch.equal(features, fbank(wave[None], sample_rate)[0])
+
+
+def test_fbank_is_kaldis_on_every_recording(shared):
+    for clip in read_esc50(shared / "data/esc10"):
+        for sample_rate in (44_100, 16_000):
+            wave = load_audio(clip.audio, sample_rate)
+            assert (fbank(wave[None], sample_rate)[0] - kaldi_fbank(wave, sample_rate)).abs().max() < 1e-3, clip.audio
+
+
+def test_fbank_is_faster_than_kaldis():
+    """A floor against accidents only (a mel bank made at every call doubles the time)."""
+    waves = torch.randn(8, 5 * 44_100) * 0.1
+
+    def best(work):
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - start)
+        return min(times)
+    assert best(lambda: fbank(waves, 44_100)) < best(lambda: [kaldi_fbank(wave, 44_100) for wave in waves])
+
+
+def test_a_tone_lights_its_own_mel_bin():
+    """Bin i is centred at low + (i + 1)·width in mel; a tone there must be strongest there."""
+    low, high = 1127 * np.log1p(np.array([20, 8000]) / 700)
+    hertz = 700 * np.expm1((low + 41 * (high - low) / 65) / 1127)
+    tone = torch.sin(2 * np.pi * hertz * torch.arange(16_000) / 16_000)
+    assert fbank(tone[None], 16_000, mels=64)[0].mean(0).argmax() == 40
+
+
+def test_front_end_pads_with_zeros_before_it_normalises():
+    front_end = FrontEnd(sample_rate=16_000, mels=32, frames=50, mean=-4.0, std=2.0)
+    waves = torch.randn(1, front_end.samples)
+    out = front_end(waves, torch.tensor([400 + 9 * 160]))  # samples enough for ten frames
+    assert out.shape == (1, 1, 50, 32)
+    assert torch.all(out[0, 0, 10:] == (0 - -4.0) / 2.0) and not torch.any(out[0, 0, :10] == 2.0)
+    assert torch.allclose(out[0, 0, :10] * 2.0 - 4.0, fbank(waves, 16_000, 32)[0, :10], atol=1e-4)
+
+
+def test_mask_covers_one_band_of_each_kind():
+    """Draws of (almost) 1 give the widest bands, 1/5 of the frames and 1/4 of the bins; draws of 0 give none."""
+    x = torch.ones(2, 1, 100, 64)
+    out = mask(x, torch.tensor([[0.0] * 4, [0.99, 0.5, 0.99, 0.0]]))
+    assert torch.equal(out[0], x[0])
+    assert (out[1, 0] == 0).all(1).nonzero().flatten().tolist() == list(range(40, 59))
+    assert (out[1, 0] == 0).all(0).nonzero().flatten().tolist() == list(range(15))
+
+
+def write(path, wave, rate=16_000, **options):
+    soundfile.write(path, wave, rate, **options)
+    return path
+
+
+@pytest.mark.filterwarnings("ignore:some audio has more than one channel")
+@pytest.mark.parametrize(("name", "rate", "options"), [
+    ("a.wav", 8000, {"subtype": "PCM_U8"}), ("a.wav", 44_100, {"subtype": "PCM_24"}), ("a.wav", 48_000, {"subtype": "FLOAT"}),
+    ("a.wav", 22_050, {"subtype": "MS_ADPCM"}), ("a.wav", 192_000, {"subtype": "DOUBLE"}), ("a.flac", 96_000, {}),
+    ("a.ogg", 44_100, {}), ("a.mp3", 44_100, {})])
+def test_any_format_rate_and_width_gives_the_same_tone(tmp_path, name, rate, options):
+    tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(rate) / rate)
+    wave = load_audio(write(tmp_path / name, np.stack([tone, -tone], 1), rate, **options), 16_000)
+    assert wave.dtype == torch.float32 and len(wave) == pytest.approx(16_000, abs=500)  # ADPCM and MP3 fill whole blocks
+    loudest = torch.fft.rfft(wave[2000:14_000]).abs().argmax() * 16_000 / 12_000
+    assert loudest == pytest.approx(440, abs=2) and wave.abs().max() == pytest.approx(0.5, abs=0.06)
+
+
+def test_the_first_channel_is_used_and_that_is_said(tmp_path):
+    wave = np.random.default_rng(0).uniform(-1, 1, (1600, 2)).astype(np.float32)
+    with pytest.warns(UserWarning, match="first is used"):
+        loaded = load_audio(write(tmp_path / "s.wav", wave, subtype="FLOAT"), 16_000)
+    assert np.array_equal(loaded.numpy(), wave[:, 0])
+
+
+def bad_audio(folder):
+    """Name -> file, and what its message must say."""
+    tone = np.sin(np.arange(16_000) / 9)
+    (folder / "empty.wav").write_bytes(b"")
+    (folder / "text.wav").write_text("not audio")
+    (folder / "header.wav").write_bytes(write(folder / "x.wav", tone).read_bytes()[:30])
+    write(folder / "short.wav", tone[:300])
+    write(folder / "none.wav", tone[:0])
+    write(folder / "silent.wav", tone * 0)
+    write(folder / "nan.wav", np.where(np.arange(16_000) == 500, np.nan, tone), subtype="FLOAT")
+    return {"missing": "can't be read", "empty": "can't be read", "text": "can't be read", "header": "",
+            "short": "25 ms", "none": "0 ms", "silent": "silent", "nan": "NaN"}
+
+
+def test_bad_audio_is_named_with_the_reason(tmp_path):
+    for name, reason in bad_audio(tmp_path).items():
+        with pytest.raises(Unreadable, match=rf"{name}\.wav.*{reason}"):
+            load_audio(tmp_path / f"{name}.wav", 16_000)
+
+
+def test_images_are_preprocessed_as_clips(shared):
+    golden = np.load(shared / "golden/preprocess.npz")
+    scale = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1) * 255  # back to pixel units
+    for name in ("image_0", "image_1", "image_2", "image_3", "gray"):
+        out = golden["gray_output" if name == "gray" else name.replace("image", "output")]
+        difference = (preprocess_image(Image.fromarray(golden[name])) - torch.tensor(out)).abs() * scale
+        assert difference.max() <= 2
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "CMYK", "1", "I;16"])
+def test_any_image_mode_becomes_rgb(mode):
+    assert preprocess_image(Image.new(mode, (50, 80)), 32).shape == (3, 32, 32)
+
+
+def test_truncated_and_missing_images_are_named(tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "a.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:1500])
+    (tmp_path / "text.jpg").write_text("no image")
+    for name in ("cut", "text", "missing"):
+        with pytest.raises(Unreadable, match=rf"{name}\.jpg: can't be read as an image"):
+            load_image(tmp_path / f"{name}.jpg", 32)
+
+
+@pytest.mark.parametrize(("line", "reason"), [
+    ("{not json", "not JSON"), ('{"id": "b"}', "lacks audio"), ('{"audio": "b.wav"}', "lacks id"), ("[1]", "lacks id"),
+    ('{"id": "b", "audio": "b.wav", "frames": "b.jpg"}', "frames must be a list of strings"),
+    ('{"id": "b", "audio": 3}', "audio must be a string")])
+def test_a_bad_index_line_is_named_by_file_and_number(tmp_path, line, reason):
+    (tmp_path / "train.jsonl").write_text('{"id": "a", "audio": "a.wav"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=rf"train\.jsonl:2: .*{reason}"):
+        read_index(tmp_path / "train.jsonl")
+
+
+def test_index_paths_start_at_the_index(tmp_path):
+    (tmp_path / "i.jsonl").write_text(json.dumps({"id": 7, "audio": "audio/ü.wav", "frames": ["f/1.jpg"], "labels": ["x"]}))
+    clip, = read_index(tmp_path / "i.jsonl", need=("audio", "frames", "labels"))
+    assert clip.id == "7" and clip.audio == str(tmp_path / "audio/ü.wav") and clip.frames == (str(tmp_path / "f/1.jpg"),)
+
+
+def test_a_missing_folder_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for place, hint in (("audioset", "--data toy"), ("clotho", "zenodo"), ("esc50", "git clone"), ("elsewhere", "--data")):
+        with pytest.raises(FileNotFoundError, match=rf"{place}: no such folder.*{hint}"):
+            dataset_folder(place)
+
+
+def test_esc50_as_published(tmp_path):
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "meta/esc50.csv").write_bytes(b"filename,fold,target,category,esc10,src_file,take\r\n"
+                                              b"1-1-A-0.wav,1,0,dog,True,1,A\r\n5-2-A-12.ogg,5,12,crackling_fire,True,2,A\r\n")
+    first, second = read_esc50(tmp_path)
+    assert first.labels == ("dog",) and first.fold == 1
+    assert second.labels == ("crackling fire",) and second.audio.endswith("audio/5-2-A-12.ogg") and second.fold == 5
+    (tmp_path / "meta/esc50.csv").write_text("filename,category\na,b\n")
+    with pytest.raises(ValueError, match=r"esc50\.csv: no column fold"):
+        read_esc50(tmp_path)
+
+
+def test_clotho_as_published(tmp_path):
+    (tmp_path / "clotho_captions_evaluation.csv").write_text(
+        'file_name,caption_1,caption_2,caption_3,caption_4,caption_5\nA b.wav,"Rain, then ""thunder""",2,3,4,5\n')
+    clip, = read_clotho(tmp_path)
+    assert clip.captions == ('Rain, then "thunder"', "2", "3", "4", "5") and clip.audio.endswith("evaluation/A b.wav")
+
+
+def test_toy_world_is_the_same_for_the_same_seed_and_keeps_captions_from_training(world, tmp_path):
+    make_toy(tmp_path / "again", splits={"train": 64}, workers=1)
+    for name in ("audio/train_5.wav", "frames/train_5_2.jpg"):
+        assert (tmp_path / "again" / name).read_bytes() == (world / name).read_bytes()
+    assert len(set(THINGS)) == 144
+    assert all(not clip.captions and len(clip.frames) == 4 for clip in read_index(world / "train.jsonl"))
+    assert all(len(set(clip.captions)) == 5 for clip in read_index(world / "test.jsonl"))
+    assert all(not clip.audio for clip in read_index(world / "pairs.jsonl", need=("frames", "captions")))
+
+
+def test_toy_sounds_load_without_a_warning(world):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wave = load_audio(world / "audio/train_0.wav", 16_000)
+    assert len(wave) == 16_000

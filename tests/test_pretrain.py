@@ -1,0 +1,261 @@
+"""Banks, the loop, checkpoints: resume equals uninterrupted, two ranks equal one, and nothing goes wrong quietly."""
+import json
+import math
+import os
+import signal
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import flat
+
+import data
+import pretrain
+from clip_load import audio_encoder_from_clip, load_clip
+from data import Unreadable, read_index
+from pretrain import (
+    AudioLearner,
+    AudioSamples,
+    Draws,
+    Settings,
+    batches,
+    frame_bank,
+    load_checkpoint,
+    parse,
+    second_frames,
+    top1,
+)
+
+CPU = torch.device("cpu")
+
+
+# ---------------------------------------------------------------------------------- settings
+
+def test_defaults_are_the_papers_run():
+    s = Settings()
+    assert (s.batch, s.epochs, s.warmup_epochs, s.lr_weights, s.lr_biases, s.weight_decay) == (432, 25, 10, 0.2, 4.8e-3, 1e-6)
+    assert (s.frames, s.mels, s.stride_time, s.stride_mel, s.clip, s.init) == (1000, 128, 16, 24, "ViT-B/32", "clip")
+
+
+def test_flags_override_a_preset_and_unknown_ones_fail(capsys):
+    s = parse(Settings(), pretrain.PRESETS, ["--data", "toy", "--lr-weights", "7"])
+    assert s == replace(pretrain.TOY, lr_weights=7.0)
+    with pytest.raises(SystemExit):
+        parse(Settings(), pretrain.PRESETS, ["--learning-rate", "7"])
+    assert "--learning-rate" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------- banks
+
+@pytest.fixture
+def clips(world):
+    return read_index(world / "train.jsonl")[:20]
+
+
+def test_bank_holds_what_clip_says_of_each_frame(clips, small_clip, tmp_path):
+    clip = load_clip(small_clip)
+    bank = frame_bank(tmp_path, clips, clip, CPU, 0)
+    assert bank.embeddings.dtype == np.float16 and bank.embeddings.shape == (80, 32)
+    images = torch.stack([data.load_image(path, 64) for path in clips[7].frames])
+    expected = torch.nn.functional.normalize(clip.encode_image(images), dim=1)
+    assert (torch.tensor(bank.embeddings[bank.of(7)].astype(np.float32)) - expected).abs().max() < 1e-3
+    assert torch.allclose(second_frames(clips, bank)[0][7], expected[1], atol=1e-3)
+
+
+def test_bank_is_reused_rebuilt_and_carried_on(clips, small_clip, tmp_path, monkeypatch):
+    read, clip = [], load_clip(small_clip)
+    monkeypatch.setattr(pretrain, "load_image", lambda path, size: read.append(path) or data.load_image(path, size))
+    frame_bank(tmp_path, clips, clip, CPU, 0)
+    frame_bank(tmp_path, clips, clip, CPU, 0)
+    assert len(read) == 80                                           # nothing changed: read once
+    os.utime(clips[3].frames[0], ns=(1, time.time_ns()))
+    frame_bank(tmp_path, clips, clip, CPU, 0)
+    assert len(read) == 160                                          # a file changed
+    with torch.no_grad():
+        clip.visual.proj += 1
+    whole = np.array(frame_bank(tmp_path, clips, clip, CPU, 0).embeddings)
+    assert len(read) == 240                                          # the weights changed
+    state = np.load(tmp_path / "state.npy", mmap_mode="r+")
+    state[30:] = 0                                                   # as a kill leaves it
+    state.flush()
+    assert np.array_equal(frame_bank(tmp_path, clips, clip, CPU, 0).embeddings, whole)
+    assert len(read) == 240 + 50
+
+
+def test_unreadable_frames_are_left_out_and_too_many_stop(clips, small_clip, tmp_path):
+    clip, gone = load_clip(small_clip), str(tmp_path / "gone.jpg")
+    some = [replace(c, frames=(gone, *c.frames[1:])) for c in clips]
+    assert [len(frame_bank(tmp_path / "a", some, clip, CPU, 0).of(i)) for i in range(20)] == [3] * 20
+    none = [replace(clips[0], frames=(gone,) * 4), *clips[1:]]
+    with pytest.raises(ValueError, match="1 of 20 clips have no readable frame"):
+        frame_bank(tmp_path / "b", none, clip, CPU, 0)
+
+
+# --------------------------------------------------------------------------- samples and order
+
+def test_every_clip_comes_once_an_epoch_in_a_new_order():
+    steps = list(batches(10, 2, 2, seed=0))
+    first, second = [i for batch in steps[:5] for _, i in batch], [i for batch in steps[5:] for _, i in batch]
+    assert sorted(first) == sorted(second) == list(range(10)) and first != second
+    assert list(batches(10, 2, 2, seed=0, start=3)) == steps[3:]     # a resumed run goes on with the same order
+
+
+class Counting:
+    """Samples of which some can't be read."""
+
+    def __init__(self, count, bad=()):
+        self.count, self.bad = count, bad
+
+    def __len__(self):
+        return self.count
+
+    def read(self, i, rng):
+        if i in self.bad:
+            raise Unreadable(f"clip {i}: bad")
+        return {"i": i, "chance": rng.random()}
+
+
+def test_all_chance_follows_from_seed_epoch_and_clip():
+    draws = Draws(Counting(9), seed=3)
+    assert draws[1, 4] == draws[1, 4] and draws[1, 4] != draws[2, 4] and draws[1, 4] != Draws(Counting(9), 4)[1, 4]
+
+
+def test_an_unreadable_clip_is_skipped_and_counted():
+    sample = Draws(Counting(9, bad={4, 5}), seed=0)[0, 4]
+    assert sample["i"] == 6 and sample["skipped"] == 1 and sample["why"] == "clip 4: bad"
+    with pytest.raises(ValueError, match="not one of 2 samples can be read"):
+        Draws(Counting(2, bad={0, 1}), seed=0)[0, 0]
+
+
+def test_top1_by_hand():
+    """Queries 0 and 1 share a label set; 0 finds 1 (relevant, one of two), 1 finds 1, 2 finds 0 (not relevant)."""
+    gallery = torch.eye(3)
+    queries = torch.stack([gallery[1], gallery[1], gallery[0]])
+    result = top1(queries, gallery, [["dog", "rain"], ["rain", "dog"], ["dog"]])
+    assert result == {"precision@1": pytest.approx(200 / 3), "recall@1": pytest.approx(100 / 3)}
+
+
+# -------------------------------------------------------------------------------- whole runs
+
+def learner_of(out):
+    return load_checkpoint(out / "checkpoint.pt", ["pretrain"])["learner"]
+
+
+def test_pretraining_learns_and_says_what_it_made(run, pretrain_flags):
+    done = run("pretrain.py", *flat(pretrain_flags | {"--epochs": 12}))
+    lines = [json.loads(line) for line in (pretrain_flags["--out"] / "log.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[-1] < 2 * math.log(16) < losses[0]  # below what unrelated pairs give
+    assert {"temperature", "lr_weights", "lr_biases", "clips_per_second", "waiting", "mfu", "eta"} <= lines[1].keys()
+    assert lines[0]["command"] and lines[0]["settings"]["batch"] == 16
+    assert "ETA" in done.stdout and "image->audio precision@1" in done.stdout
+    checkpoint = load_checkpoint(pretrain_flags["--out"] / "checkpoint.pt", ["pretrain"])
+    assert checkpoint["front_end"] == {"sample_rate": 16_000, "mels": 32, "frames": 60, "mean": -3.0, "std": 4.0}
+    again = run("pretrain.py", *flat(pretrain_flags | {"--epochs": 12}))  # finished: nothing left to do
+    assert again.returncode == 0 and "ETA" not in again.stdout
+
+
+def test_killed_at_any_moment_a_run_ends_with_the_same_weights(run, pretrain_flags, tmp_path):
+    run("pretrain.py", *flat(pretrain_flags))
+    whole = learner_of(pretrain_flags["--out"])
+    broken = pretrain_flags | {"--out": tmp_path / "broken"}
+    log, kills, rng = tmp_path / "broken/log.jsonl", 0, np.random.default_rng(0)
+    while kills < 4:
+        process = run("pretrain.py", *flat(broken), start=True)
+        seen = log.stat().st_size if log.exists() else 0
+        while process.poll() is None and (not log.exists() or log.stat().st_size == seen):
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.3))  # somewhere in a step, a validation or a checkpoint being written
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+    assert kills >= 1
+    run("pretrain.py", *flat(broken))
+    resumed = learner_of(tmp_path / "broken")
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines() if "loss" in line]
+    assert steps == sorted(set(steps)) and steps[-1] == 20
+
+
+def test_two_ranks_are_one(run, pretrain_flags, tmp_path):
+    """Same global batch: 20 steps on two gloo processes and on one."""
+    for ranks in (1, 2):
+        run("pretrain.py", *flat(pretrain_flags | {"--out": tmp_path / str(ranks)}), ranks=ranks)
+    one, two = learner_of(tmp_path / "1"), learner_of(tmp_path / "2")
+    assert max((one[key] - two[key]).abs().max().item() for key in one) < 1e-5
+
+
+def test_vip_ant_starts_from_clip_and_va_rand_does_not(small_clip, run, pretrain_flags):
+    clip = load_clip(small_clip)
+    run("pretrain.py", *flat(pretrain_flags | {"--init": "random", "--epochs": 1, "--lr-weights": 0, "--lr-biases": 0}))
+    random = learner_of(pretrain_flags["--out"])
+    started = audio_encoder_from_clip(clip, 60, 32, (8, 8)).state_dict()
+    assert not torch.allclose(random["audio_encoder.conv1.weight"], started["conv1.weight"])
+    assert random["audio_encoder.conv1.weight"].shape == started["conv1.weight"].shape
+
+
+def test_other_settings_do_not_resume(run, pretrain_flags):
+    run("pretrain.py", *flat(pretrain_flags | {"--epochs": 1}))
+    done = run("pretrain.py", *flat(pretrain_flags | {"--epochs": 2}), check=False)
+    assert done.returncode == 1 and "'epochs': (1, 2)" in done.stderr and "--out" in done.stderr
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(run, pretrain_flags):
+    done = run("pretrain.py", *flat(pretrain_flags | {"--lr-biases": 1e30, "--lr-weights": 1e30}), check=False)
+    assert done.returncode == 1 and "the loss is nan" in done.stderr and "Traceback" not in done.stderr
+    path = pretrain_flags["--out"] / "checkpoint.pt"
+    if path.exists():
+        assert all(value.isfinite().all() for value in learner_of(path.parent).values())
+
+
+@pytest.mark.parametrize("bad", [1, 3])
+def test_unreadable_clips_are_reported_and_over_one_percent_stop(run, pretrain_flags, tmp_path, world, bad):
+    """Of 256 clips one bad is 0.4 %, three are 1.2 %."""
+    rows = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines() * 4]
+    for i, row in enumerate(rows):
+        row.update(audio=str(world / row["audio"]), frames=[str(world / f) for f in row["frames"]])
+        if i < bad:
+            row["audio"] = str(tmp_path / f"gone_{i}.wav")
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "val.jsonl").write_text((tmp_path / "train.jsonl").read_text().splitlines()[-1])
+    done = run("pretrain.py", *flat(pretrain_flags | {"--data": tmp_path, "--epochs": 1}), check=False)
+    assert "gone_0.wav: can't be read" in done.stderr and "Traceback" not in done.stderr
+    if bad == 1:
+        assert done.returncode == 0 and "skipped 1" in done.stdout
+    else:
+        assert done.returncode == 1 and "over 1 % of 256" in done.stderr
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_bare_machine_gets_one_clear_message(run, tmp_path, monkeypatch, ranks):
+    monkeypatch.chdir(tmp_path)
+    done = run("pretrain.py", ranks=ranks, check=False)
+    assert done.returncode == 1 and "data/audioset: no such folder" in done.stderr and "--data toy" in done.stderr
+    assert "SystemExit" not in done.stderr or ranks > 1
+
+
+def test_checkpoints_refuse_what_they_are_not(tmp_path, small_clip):
+    with pytest.raises(FileNotFoundError, match="no such checkpoint"):
+        load_checkpoint(tmp_path / "none.pt", ["pretrain"])
+    with pytest.raises(ValueError, match="not a checkpoint of ours"):
+        load_checkpoint(small_clip, ["pretrain"])
+    pretrain.save_checkpoint(tmp_path / "other.pt", {"stage": "toy-clip"})
+    with pytest.raises(ValueError, match="stage 'toy-clip'; needed here: pretrain or finetune"):
+        load_checkpoint(tmp_path / "other.pt", ["pretrain", "finetune"])
+    (tmp_path / "cut.pt").write_bytes(small_clip.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"cut\.pt: not a readable checkpoint"):
+        load_checkpoint(tmp_path / "cut.pt", ["pretrain"])
+
+
+def test_a_learner_gives_features_and_their_targets(world, small_clip, clips, tmp_path):
+    clip = load_clip(small_clip)
+    front_end = data.FrontEnd(16_000, 32, 60, -3.0, 4.0)
+    learner = AudioLearner(audio_encoder_from_clip(clip, 60, 32, (8, 8)), front_end)
+    samples = AudioSamples(clips, frame_bank(tmp_path, clips, clip, CPU, 0), front_end)
+    batch = torch.utils.data.default_collate([Draws(samples, 0)[0, i] for i in range(4)])
+    audio, target = learner(batch)
+    assert audio.shape == target.shape == (4, 32) and torch.allclose(target.norm(dim=1), torch.ones(4), atol=1e-3)
