@@ -473,6 +473,25 @@ def make_optimizer(learner, settings):
     return LARS(groups) if settings.optimizer == "lars" else torch.optim.Adam(groups)
 
 
+def restore(path, learner, optimizer, settings, identity):
+    """Load a run's own checkpoint; returns (step, skipped clips of the epoch so far), (0, 0) if there is none.
+
+    Raises ValueError where it was made with other settings, samples or CLIP: going on would be another run.
+    """
+    if not path.exists():
+        return 0, 0
+    saved = load_checkpoint(path, [identity["stage"]])
+    then = saved["settings"] | {"samples": saved["samples"], "clip weights": saved.get("clip", {}).get("fingerprint")}
+    now = {f.name: getattr(settings, f.name) for f in fields(settings) if f.compare}
+    now |= {"samples": identity["samples"], "clip weights": identity.get("clip", {}).get("fingerprint")}
+    changed = {name: (then.get(name), value) for name, value in now.items() if then.get(name) != value}
+    if changed:
+        raise ValueError(f"{path} was made otherwise (then, now): {changed}; choose another --out, or delete it")
+    learner.load_state_dict(saved["learner"])
+    optimizer.load_state_dict(saved["optimizer"])
+    return saved["step"], saved["skipped"]
+
+
 def train(learner, samples, settings, identity, validate, device):
     """*The* training loop: leaves <out>/checkpoint.pt and log.jsonl, and goes on from them if they are there.
 
@@ -483,7 +502,7 @@ def train(learner, samples, settings, identity, validate, device):
     """
     rank, size = ranks()
     out = Path(settings.out)
-    checkpoint_path, log_path = out / "checkpoint.pt", out / "log.jsonl"
+    checkpoint_path = out / "checkpoint.pt"
     steps_per_epoch = len(samples) // settings.batch
     if settings.batch % size:
         raise ValueError(f"--batch {settings.batch} can't be split over {size} ranks")
@@ -492,19 +511,10 @@ def train(learner, samples, settings, identity, validate, device):
     steps = settings.epochs * steps_per_epoch
     learner.to(device).train()
     optimizer = make_optimizer(learner, settings)
-    start, skipped = 0, 0
-    if checkpoint_path.exists():
-        saved = load_checkpoint(checkpoint_path, [identity["stage"]])
-        changed = {f.name: (saved["settings"].get(f.name), getattr(settings, f.name)) for f in fields(settings)
-                   if f.compare and saved["settings"].get(f.name) != getattr(settings, f.name)}
-        if changed:
-            raise ValueError(f"{checkpoint_path} was made with other settings (then, now): {changed}; "
-                             f"choose another --out, or delete it")
-        learner.load_state_dict(saved["learner"])
-        optimizer.load_state_dict(saved["optimizer"])
-        start, skipped = saved["step"], saved["skipped"]
-    log = Log(log_path, start, {"command": sys.argv, "settings": asdict(settings), **identity, "ranks": size,
-                                "samples": len(samples), "device": device_name(device)})
+    identity |= {"samples": len(samples)}
+    start, skipped = restore(checkpoint_path, learner, optimizer, settings, identity)
+    log = Log(out / "log.jsonl", start, identity | {"command": sys.argv, "settings": asdict(settings), "ranks": size,
+                                                    "device": device_name(device)})
     if settings.compile == "yes" or (settings.compile == "auto" and device.type == "cuda"):
         for tower in (module for module in learner.modules() if isinstance(module, VisionTransformer)):
             tower.compile()
@@ -545,18 +555,18 @@ def train(learner, samples, settings, identity, validate, device):
                 dist.all_reduce(sums)
             mean_loss, skipped = sums[0].item() / since / size, skipped + int(sums[1].item())
             seconds = time.perf_counter() - clock
-            if not math.isfinite(mean_loss):
-                raise FloatingPointError(f"the loss is {mean_loss} before step {step + 1}. The last good checkpoint stays "
-                                         f"in {checkpoint_path}; lower --lr-weights or --lr-biases, or use --precision fp32")
+            if not math.isfinite(mean_loss) or (saves and not all(p.isfinite().all() for p in learner.parameters())):
+                raise FloatingPointError(f"the loss is {mean_loss} and the weights diverge at step {step + 1}. The last good "
+                                         f"checkpoint stays in {checkpoint_path}; lower --lr-weights or --lr-biases, "
+                                         f"or use --precision fp32")
             if skipped > 0.01 * len(samples):
                 raise ValueError(f"{skipped} clips of this epoch could not be read, over 1 % of {len(samples)}; "
                                  f"mend or remove the files named above")
             speed = since * settings.batch / seconds
-            log.training(step + 1, epoch=(step + 1) / steps_per_epoch, loss=mean_loss,
-                      **learner.report(), lr_weights=optimizer.param_groups[0]["lr"],
-                      lr_biases=optimizer.param_groups[1]["lr"], clips_per_second=speed, waiting=waited / seconds,
-                      mfu=speed * learner.flops() / rate / size, skipped=skipped,
-                      eta=seconds / since * (steps - step - 1))
+            log.training(step + 1, epoch=(step + 1) / steps_per_epoch, loss=mean_loss, **learner.report(),
+                         lr_weights=optimizer.param_groups[0]["lr"], lr_biases=optimizer.param_groups[1]["lr"],
+                         clips_per_second=speed, waiting=waited / seconds, mfu=speed * learner.flops() / rate / size,
+                         skipped=skipped, eta=seconds / since * (steps - step - 1))
             total, missed, since, waited, clock = torch.zeros((), device=device), 0, 0, 0.0, time.perf_counter()
         if epoch_ends:
             skipped = 0
