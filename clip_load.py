@@ -71,7 +71,7 @@ class Tokenizer:
             with gzip.open(vocab_path, "rt", encoding="utf-8") as file:
                 lines = file.read().split("\n")[1:1 + VOCABULARY_MERGES]  # the first line is a version
         except FileNotFoundError:
-            raise FileNotFoundError(f"{vocab_path}: no such vocabulary. CLIP's comes with: python clip_load.py") from None
+            raise FileNotFoundError(f"{vocab_path}: no such file. CLIP's vocabulary: python clip_load.py") from None
         except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
             raise ValueError(f"{vocab_path}: not a gzipped vocabulary ({error})") from None
         merges = [tuple(line.split()) for line in lines if line]
@@ -162,7 +162,8 @@ def download(url, path, digest):
         if error.code != 416:  # 416: all bytes were already here
             raise ConnectionError(f"{url}: {error}") from None
     except OSError as error:
-        raise ConnectionError(f"{url}: {error}; run the same command again to go on, or put the file at {path}") from None
+        raise ConnectionError(f"{url}: {error}; run the same command again to go on, or put the file at {path} "
+                              f"by other means") from None
     if total and part.stat().st_size < total:
         raise ConnectionError(f"{url}: the connection ended early; run the same command again to go on")
     if sha256(part) != digest:
@@ -184,7 +185,7 @@ def cached(name):
 # ------------------------------------------------------------------------------------- weights
 
 BROKEN = (pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, EOFError, AttributeError, ImportError, LookupError,
-          TypeError, ValueError, ArithmeticError, RuntimeError, MemoryError, AssertionError)  # what a flipped bit can raise
+          TypeError, ValueError, ArithmeticError, RuntimeError, MemoryError, AssertionError)  # by one flipped bit
 
 
 class Record:
@@ -207,8 +208,9 @@ class Record:
 
 
 STORAGES = {name + "Storage": dtype for name, dtype in {
-    "Half": torch.float16, "BFloat16": torch.bfloat16, "Float": torch.float32, "Double": torch.float64, "Byte": torch.uint8,
-    "Char": torch.int8, "Short": torch.int16, "Int": torch.int32, "Long": torch.int64, "Bool": torch.bool}.items()}
+    "Half": torch.float16, "BFloat16": torch.bfloat16, "Float": torch.float32, "Double": torch.float64,
+    "Byte": torch.uint8, "Char": torch.int8, "Short": torch.int16, "Int": torch.int32, "Long": torch.int64,
+    "Bool": torch.bool}.items()}
 
 
 class ArchiveReader(pickle.Unpickler):
@@ -327,10 +329,10 @@ def blank_audio_encoder(clip, frames=1000, mels=128, stride=(16, 24)):
 
 def audio_encoder_from_clip(clip, frames=1000, mels=128, stride=(16, 24)):
     """CLIP's visual tower with the paper's three changes, (B, 1, T, F) -> (B, D) (§3.2.1)."""
-    encoder = blank_audio_encoder(clip, frames, mels, stride)       # 1. patches overlap: stride below the kernel's size
+    encoder = blank_audio_encoder(clip, frames, mels, stride)     # 1. patches overlap: stride below the kernel's size
     state = dict(clip.visual.state_dict())
-    state["conv1.weight"] = state["conv1.weight"].mean(1, keepdim=True)                   # 2. (C, 3, P, P) -> (C, 1, P, P)
-    state["positional_embedding"] = resize_positions(state["positional_embedding"],       # 3. 7×7 -> 61×5
+    state["conv1.weight"] = state["conv1.weight"].mean(1, keepdim=True)              # 2. (C, 3, P, P) -> (C, 1, P, P)
+    state["positional_embedding"] = resize_positions(state["positional_embedding"],  # 3. 7×7 -> 61×5
                                                      clip.visual.grid, encoder.grid)
     encoder.load_state_dict(state)
     return encoder.to(state["proj"].device)

@@ -277,9 +277,9 @@ def read_clotho(folder, split="evaluation"):
 
 SHAPES = {"circle": "hum", "square": "buzz", "triangle": "rasp", "star": "chirp", "cross": "hiss", "ring": "warble"}
 COLOURS = {  # colour -> its RGB, its pitch and that pitch's frequency in Hz
-    "red": ((220, 40, 40), "deep", 200), "yellow": ((230, 210, 40), "low", 340), "green": ((40, 180, 60), "mellow", 580),
-    "blue": ((50, 80, 230), "high", 1000), "purple": ((160, 50, 190), "shrill", 1700),
-    "white": ((240, 240, 240), "piercing", 2900)}
+    "red": ((220, 40, 40), "deep", 200), "yellow": ((230, 210, 40), "low", 340),
+    "green": ((40, 180, 60), "mellow", 580), "blue": ((50, 80, 230), "high", 1000),
+    "purple": ((160, 50, 190), "shrill", 1700), "white": ((240, 240, 240), "piercing", 2900)}
 COUNTS = {"one": "once", "two": "twice", "three": "three times", "four": "four times"}
 THINGS = [(shape, colour, count) for shape in SHAPES for colour in COLOURS for count in range(1, 5)]  # 144
 TOY_RATE, TOY_IMAGE = 16_000, 64  # Hz, pixels
@@ -414,7 +414,8 @@ def write_toy_vocabulary(path):
     """A vocabulary in CLIP's format whose merges spell the toy's words, so that each word is one token."""
     rng, words = np.random.default_rng(0), set()
     for thing in THINGS:
-        texts = [vision_caption(thing, size, dark, rng) for size in ("small", "large") for dark in (0, 1) for _ in range(9)]
+        texts = [vision_caption(thing, size, dark, rng)
+                 for size in ("small", "large") for dark in (0, 1) for _ in range(9)]
         words.update(" ".join(texts + audio_captions(thing, True) + audio_captions(thing, False)).split())
     merges = dict.fromkeys((word[:i], word[i] + ("</w>" if i == len(word) - 1 else ""))
                            for word in sorted(words) for i in range(1, len(word)))

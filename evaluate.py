@@ -48,7 +48,7 @@ def retrieval_metrics(audio, captions, captions_per_clip=5):
     """
     audio, captions = F.normalize(audio.float(), dim=1), F.normalize(captions.float(), dim=1)
     if len(captions) != captions_per_clip * len(audio):
-        raise ValueError(f"{len(captions)} captions for {len(audio)} clips; needed: {captions_per_clip} a clip, in order")
+        raise ValueError(f"{len(captions)} captions for {len(audio)} clips; needed: {captions_per_clip} a clip")
     owner = torch.arange(len(captions)) // captions_per_clip                          # (M,)
     similarity = audio @ captions.T                                                   # (N, M)
     best_own = similarity.gather(1, torch.arange(len(captions)).view(len(audio), -1)).max(1, keepdim=True).values
@@ -86,8 +86,8 @@ class Model:
         made_with = checkpoint["clip"]
         self.clip = load_clip(clip or made_with["weights"], device)
         if fingerprint(self.clip) != made_with["fingerprint"]:
-            raise ValueError(f"{clip or made_with['weights']}: not the CLIP that {path} was trained against "
-                             f"({fingerprint(self.clip)}, not {made_with['fingerprint']}); name the right one with --clip")
+            raise ValueError(f"{clip or made_with['weights']}: not the CLIP that {path} was trained against; its "
+                             f"fingerprint is not {made_with['fingerprint']}. Name the right one with --clip")
         self.tokenizer = Tokenizer(vocab or made_with["vocab"], self.clip.context_length)
         if self.tokenizer.vocab_size != self.clip.token_embedding.num_embeddings:
             raise ValueError(f"{vocab or made_with['vocab']}: {self.tokenizer.vocab_size} tokens, this CLIP has "
@@ -100,9 +100,9 @@ class Model:
     def needs(self, seconds, what):
         """Refuse a front end that can't hear a dataset's clips whole. Raises ValueError."""
         if self.front_end.seconds < seconds:
-            raise ValueError(f"{self.path} hears {self.front_end.seconds:.1f} s at {self.front_end.sample_rate} Hz, a clip "
-                             f"of {what} lasts {seconds} s: its front end does not fit. Use a checkpoint with at least "
-                             f"{100 * seconds} frames (pretrain.py --frames)")
+            raise ValueError(f"{self.path} hears {self.front_end.seconds:.1f} s at {self.front_end.sample_rate} Hz, a "
+                             f"clip of {what} lasts {seconds} s: its front end does not fit. Use a checkpoint with at "
+                             f"least {100 * seconds} frames (pretrain.py --frames)")
 
     def audio(self, clips, workers):
         """Unit embeddings (N, D) and which clips could be read (N,)."""

@@ -431,20 +431,31 @@ class Log:
         self.path = path
         if ranks()[0] > 0:
             return
-        kept = [line for line in path.read_text().splitlines() if json.loads(line).get("step", 0) <= step] \
+        kept = [line for line in path.read_text().splitlines() if self.step_of(line) <= step] \
             if step and path.exists() else []
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(line + "\n" for line in [*kept, json.dumps(header | {"versions": versions()})]))
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text("".join(line + "\n" for line in [*kept, json.dumps(header | {"versions": versions()})]))
+        os.replace(temporary, path)
         print(f"{header['stage']}: {header['samples']} samples, {header['ranks']} rank(s) on {header['device']}, "
               f"{'from step ' + str(step) if step else 'from the start'}; log in {path}", flush=True)
+
+    @staticmethod
+    def step_of(line):
+        """Step of a log line: 0 of a header, infinite of a line that a kill cut off."""
+        try:
+            return json.loads(line).get("step", 0)
+        except ValueError:
+            return math.inf
 
     def training(self, step, **values):
         """Numbers since the last line, and how the run fares."""
         temperature = f"temperature {values['temperature']:.4f} | " if "temperature" in values else ""
         eta = int(values["eta"])
         self.write(f"epoch {values['epoch']:.2f} step {step} | loss {values['loss']:.3f} | {temperature}"
-                   f"lr {values['lr_weights']:.3g} {values['lr_biases']:.3g} | {values['clips_per_second']:.0f} clips/s | "
-                   f"waiting {100 * values['waiting']:.0f} % | MFU {100 * values['mfu']:.0f} % | "
+                   f"lr {values['lr_weights']:.3g} {values['lr_biases']:.3g} | "
+                   f"{values['clips_per_second']:.0f} clips/s | waiting {100 * values['waiting']:.0f} % | "
+                   f"MFU {100 * values['mfu']:.0f} % | "
                    f"ETA {eta // 3600}:{eta // 60 % 60:02d}:{eta % 60:02d}"
                    + (f" | skipped {values['skipped']}" if values["skipped"] else ""), step=step, **values)
 
@@ -556,9 +567,9 @@ def train(learner, samples, settings, identity, validate, device):
             mean_loss, skipped = sums[0].item() / since / size, skipped + int(sums[1].item())
             seconds = time.perf_counter() - clock
             if not math.isfinite(mean_loss) or (saves and not all(p.isfinite().all() for p in learner.parameters())):
-                raise FloatingPointError(f"the loss is {mean_loss} and the weights diverge at step {step + 1}. The last good "
-                                         f"checkpoint stays in {checkpoint_path}; lower --lr-weights or --lr-biases, "
-                                         f"or use --precision fp32")
+                raise FloatingPointError(f"the loss is {mean_loss} and the weights diverge at step {step + 1}. The "
+                                         f"last good checkpoint stays in {checkpoint_path}; lower --lr-weights or "
+                                         f"--lr-biases, or use --precision fp32")
             if skipped > 0.01 * len(samples):
                 raise ValueError(f"{skipped} clips of this epoch could not be read, over 1 % of {len(samples)}; "
                                  f"mend or remove the files named above")
