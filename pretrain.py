@@ -98,7 +98,7 @@ class Settings:
 # The paper at half its scale: 64 mel bins, patch 16, overlapping by a quarter. Mean and std are the toy's own.
 TOY = Settings(data="toy", clip="out/toy/clip/clip.pt", vocab="data/toy/vocab.txt.gz", sample_rate=16_000, mels=64,
                frames=100, mean=-2.21, std=3.51, stride_time=12, stride_mel=12, batch=64, epochs=9, warmup_epochs=0.5,
-               lr_weights=8.0, lr_biases=1e-2, workers=1, log_every=62)
+               lr_weights=5.0, workers=1, log_every=62)
 TOY_CLIP = replace(TOY, out="out/toy/clip", optimizer="adam", batch=128, epochs=5, warmup_epochs=0.3,
                    lr_weights=5e-4, lr_biases=5e-4, workers=0, log_every=62)
 PRESETS = {"toy": TOY}
@@ -681,9 +681,10 @@ def main():
                          "fingerprint": fingerprint(clip)}}
     train(learner, AudioSamples(clips, train_bank, settings.front_end), settings, identity, validate, device)
     if ranks()[0] == 0 and settings.data == "toy":
-        command = ["evaluate.py", "--task", "toy", "--checkpoint", f"{out}/checkpoint.pt"]
-        print("\n$ python " + " ".join(command), flush=True)
-        subprocess.run([sys.executable, *command], check=True)
+        flags = ["--task", "toy", "--checkpoint", f"{out}/checkpoint.pt"]
+        print("\n$ python evaluate.py " + " ".join(flags), flush=True)
+        alone = {name: value for name, value in os.environ.items() if name != "RANK"}  # not a rank of this run
+        subprocess.run([sys.executable, Path(__file__).with_name("evaluate.py"), *flags], check=False, env=alone)
 
 
 def run(script):
