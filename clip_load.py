@@ -9,6 +9,7 @@ import argparse
 import gzip
 import hashlib
 import html
+import http.client
 import itertools
 import math
 import os
@@ -111,7 +112,8 @@ class Tokenizer:
         """One text -> ids, start- and end-of-text included, of any length."""
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
         text = " ".join(text.split()).lower()
-        ids = [self.start, *(i for word in self.WORDS.findall(text) for i in self.encode_word(word)), self.end]
+        ids = [self.start, *(i for word in self.WORDS.findall(text)
+               for i in self.encode_word(word[:1000])), self.end]  # no context holds a longer word
         return ids[:ids.index(self.end) + 1]  # the model reads the feature at the first end: what follows is unseen
 
     def __call__(self, texts):
@@ -149,6 +151,7 @@ def download(url, path, digest):
     part = path.with_name(path.name + ".part")
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    total = 0
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
             resumed = answer.status == 206  # a server that can't resume sends the whole file with 200
@@ -161,7 +164,7 @@ def download(url, path, digest):
     except urllib.error.HTTPError as error:
         if error.code != 416:  # 416: all bytes were already here
             raise ConnectionError(f"{url}: {error}") from None
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise ConnectionError(f"{url}: {error}; run the same command again to go on, or put the file at {path} "
                               f"by other means") from None
     if total and part.stat().st_size < total:

@@ -15,6 +15,7 @@ import sys
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -42,8 +43,10 @@ def load_audio(path, sample_rate, seconds=None):
         with soundfile.SoundFile(path) as file:
             rate, channels = file.samplerate, file.channels
             wave = file.read(-1 if seconds is None else math.ceil(seconds * rate), dtype="float32", always_2d=True)
-    except (OSError, RuntimeError) as error:  # soundfile's own error is a RuntimeError
+    except (OSError, RuntimeError, TypeError) as error:  # soundfile's own is a RuntimeError; TypeError: a .raw file
         raise Unreadable(f"{path}: can't be read as audio ({error})") from None
+    if not 1000 <= rate <= 1_000_000:
+        raise Unreadable(f"{path}: says it has {rate} samples a second; is its header damaged?")
     if channels > 1:
         warnings.warn("some audio has more than one channel: its first is used (§3.2.2)", stacklevel=1)
     wave = wave[:, 0]                                                                # (S,)
@@ -55,7 +58,8 @@ def load_audio(path, sample_rate, seconds=None):
         raise Unreadable(f"{path}: silent (every sample of its first channel is equal)")
     wave = torch.from_numpy(wave)
     if rate != sample_rate:
-        wave = torchaudio.functional.resample(wave, rate, sample_rate)
+        ratio = Fraction(sample_rate, rate).limit_denominator(1000)  # exact for usual rates; odd ones need huge filters
+        wave = torchaudio.functional.resample(wave, ratio.denominator, ratio.numerator)
     return wave.clamp(-1, 1)
 
 
@@ -153,11 +157,13 @@ IMAGE_MEAN, IMAGE_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.2613
 
 def preprocess_image(image, size=224):
     """PIL image of any mode -> (3, R, R) float32: shorter side to R (bicubic), centre crop, CLIP's normalisation."""
+    if image.mode.startswith("I;16"):  # 16-bit grey, which PIL would clip instead of scale
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     image = image.convert("RGB")
     width, height = image.size
-    scale = size / min(width, height)
-    if scale != 1:
-        image = image.resize((max(size, int(width * scale)), max(size, int(height * scale))), Image.Resampling.BICUBIC)
+    short = min(width, height)
+    if short != size:
+        image = image.resize((int(size * width / short), int(size * height / short)), Image.Resampling.BICUBIC)
     left, top = round((image.width - size) / 2), round((image.height - size) / 2)
     pixels = np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float32)          # (R, R, 3)
     pixels = (pixels / 255 - np.array(IMAGE_MEAN, np.float32)) / np.array(IMAGE_STD, np.float32)
@@ -217,9 +223,9 @@ def read_index(path, need=("audio",)):
                     continue
                 try:
                     row = json.loads(line)
-                except json.JSONDecodeError as error:
+                except (ValueError, RecursionError) as error:
                     raise ValueError(f"{path}:{number}: not JSON ({error})") from None
-                missing = [key for key in ("id", *need) if not isinstance(row, dict) or not row.get(key)]
+                missing = [key for key in ("id", *need) if not isinstance(row, dict) or row.get(key) in (None, "", [])]
                 if missing:
                     raise ValueError(f"{path}:{number}: lacks {', '.join(missing)}; a line here needs "
                                      f"{', '.join(('id', *need))}")
@@ -250,9 +256,10 @@ def read_csv(path, need):
         raise FileNotFoundError(f"{path}: no such file; it belongs to the dataset as published") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: not a CSV in UTF-8 ({error})") from None
-    missing = [column for column in need if not rows or rows[0].get(column) is None]
-    if missing:
-        raise ValueError(f"{path}: {'no rows' if not rows else 'no column ' + ', '.join(missing)}")
+    for number, row in enumerate(rows or [{}], 2):
+        missing = [column for column in need if row.get(column) is None]
+        if missing:
+            raise ValueError(f"{path}:{number}: no {', '.join(missing)}")
     return rows
 
 
@@ -260,7 +267,7 @@ def read_esc50(folder):
     """ESC-50 (or ESC-10) as published -> list of Clip with one label and a fold; underscores become spaces."""
     folder = Path(folder)
     return [Clip(row["filename"], str(folder / "audio" / row["filename"]), labels=(row["category"].replace("_", " "),),
-                 fold=int(row["fold"]))
+                 fold=int(row["fold"]) if row["fold"].isdigit() else 0)
             for row in read_csv(folder / "meta" / "esc50.csv", ("filename", "fold", "category"))]
 
 

@@ -10,6 +10,7 @@ N  clips     M  captions     K  classes     D  embedding
 """
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,6 +48,8 @@ def retrieval_metrics(audio, captions, captions_per_clip=5):
     are all alike score as chance or worse.
     """
     audio, captions = F.normalize(audio.float(), dim=1), F.normalize(captions.float(), dim=1)
+    if not (audio.isfinite().all() and captions.isfinite().all()):
+        raise ValueError("an embedding is not finite; the checkpoint's weights are broken")
     if len(captions) != captions_per_clip * len(audio):
         raise ValueError(f"{len(captions)} captions for {len(audio)} clips; needed: {captions_per_clip} a clip")
     owner = torch.arange(len(captions)) // captions_per_clip                          # (M,)
@@ -112,7 +115,7 @@ class Model:
 
     def images(self, clips, workers):
         """Unit embeddings (N, D) of the clips' second frames, and which could be read (N,)."""
-        return embed_all([clip.frames[:2][-1] for clip in clips], lambda path: load_image(path, self.clip.image_size),
+        return embed_all([clip.frames[:2][-1] for clip in clips], partial(load_image, size=self.clip.image_size),
                          self.clip.encode_image, self.dimensions, self.device, workers, "frames")
 
     @torch.no_grad()
@@ -130,11 +133,20 @@ def prompted(labels, prompt):
 
 # --------------------------------------------------------------------------------------- tasks
 
+def readable(clips, ok):
+    """The clips that could be read. Raises ValueError if none could."""
+    kept = [clip for clip, use in zip(clips, ok.tolist()) if use]
+    if not kept:
+        raise ValueError(f"not one of {len(clips)} clips could be read, for example {clips[0].audio}; is the dataset "
+                         f"unpacked there?")
+    return kept
+
+
 def classification(model, clips, workers):
     """Zero-shot accuracy over the clips' single labels, with and without the prompt."""
     labels = sorted({clip.labels[0] for clip in clips})
     audio, heard = model.audio(clips, workers)
-    kept = [clip for clip, ok in zip(clips, heard.tolist()) if ok]
+    kept = readable(clips, heard)
     target = torch.tensor([labels.index(clip.labels[0]) for clip in kept])
     fold = torch.tensor([clip.fold for clip in kept])
     result = {"N": len(kept), "unreadable": len(clips) - len(kept), "classes": len(labels),
@@ -147,7 +159,7 @@ def classification(model, clips, workers):
 def retrieval(model, clips, workers, embed):
     """Retrieval between what `embed` makes of the clips (audio or frames) and their captions."""
     features, ok = embed(clips, workers)
-    kept = [clip for clip, readable in zip(clips, ok.tolist()) if readable]
+    kept = readable(clips, ok)
     per_clip = len(kept[0].captions)
     return {"N": len(kept), "unreadable": len(clips) - len(kept), "captions_per_clip": per_clip, "prompt": "none",
             "chance_r1": 100 / len(kept),

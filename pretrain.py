@@ -98,7 +98,7 @@ class Settings:
 # The paper at half its scale: 64 mel bins, patch 16, overlapping by a quarter. Mean and std are the toy's own.
 TOY = Settings(data="toy", clip="out/toy/clip/clip.pt", vocab="data/toy/vocab.txt.gz", sample_rate=16_000, mels=64,
                frames=100, mean=-2.21, std=3.51, stride_time=12, stride_mel=12, batch=64, epochs=9, warmup_epochs=0.5,
-               lr_weights=5.0, workers=1, log_every=62)
+               lr_weights=8.0, lr_biases=1e-2, workers=1, log_every=62)
 TOY_CLIP = replace(TOY, out="out/toy/clip", optimizer="adam", batch=128, epochs=5, warmup_epochs=0.3,
                    lr_weights=5e-4, lr_biases=5e-4, workers=0, log_every=62)
 PRESETS = {"toy": TOY}
@@ -121,6 +121,9 @@ def start_ranks():
     local = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise ValueError(f"{local + 1} processes on a machine with {torch.cuda.device_count()} GPU(s); lower "
+                             f"--nproc_per_node")
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if "RANK" in os.environ and not dist.is_initialized():
@@ -189,7 +192,8 @@ def embed(items, read, encode, out, state, device, workers, description=None, ba
     processes; encode(tensors) -> (B, D). With a description there is a progress bar.
     """
     rank, size = ranks()
-    todo = np.flatnonzero(np.asarray(state) == 0)[rank::size]
+    todo = np.arange(rank, len(state), size)  # a rank's share depends on no other rank's progress
+    todo = todo[np.asarray(state)[todo] == 0]
     loader = DataLoader(Readable(items, read), batch, sampler=todo.tolist(), num_workers=workers,
                         collate_fn=split_readable)
     with tqdm(total=len(todo), desc=description, disable=rank > 0 or not len(todo) or not description, unit="") as bar:
@@ -248,21 +252,28 @@ def frame_bank(folder, clips, clip, device, workers):
         for frame in frames:
             stat = os.stat(frame) if os.path.exists(frame) else None
             digest.update(f"{frame} {stat and (stat.st_size, stat.st_mtime_ns)}\n".encode())
-        made_of = {"made_of": digest.hexdigest(), "frames": len(frames), "clips": len(clips)}
-        if not note.exists() or json.loads(note.read_text()) != made_of:
+        made_of = json.dumps({"made_of": digest.hexdigest(), "frames": len(frames), "clips": len(clips)})
+        if not note.exists() or note.read_text() != made_of:
             folder.mkdir(parents=True, exist_ok=True)
             note.unlink(missing_ok=True)
             np.lib.format.open_memmap(embeddings, "w+", np.float16, (len(frames), clip.visual.proj.shape[1]))
             np.lib.format.open_memmap(state, "w+", np.uint8, (len(frames),))
-            note.write_text(json.dumps(made_of))
+            note.with_suffix(".tmp").write_text(made_of)
+            os.replace(note.with_suffix(".tmp"), note)
+        done = np.load(state, mmap_mode="r+")
+        done[done == 2] = 0  # what could not be read last time is tried again, and named again
     barrier()
     done = np.load(state, mmap_mode="r+")
     embed(frames, partial(load_image, size=clip.image_size), clip.encode_image, np.load(embeddings, mmap_mode="r+"),
           done, device, workers, f"bank of frames in {folder}")
     barrier()
+    assert np.all(done), "every frame is embedded or unreadable by now"
     rows = np.flatnonzero(np.asarray(done) == 1)
     starts = np.searchsorted(rows, np.cumsum([0] + [len(c.frames) for c in clips]))
     empty = int((np.diff(starts) == 0).sum())
+    if ranks()[0] == 0 and len(rows) < len(frames):
+        print(f"{folder}: {len(frames) - len(rows)} of {len(frames)} frames unreadable, {empty} of {len(clips)} clips "
+              f"left out for it", file=sys.stderr)
     if empty > 0.01 * len(clips):
         raise ValueError(f"{empty} of {len(clips)} clips have no readable frame, over 1 %; see the messages above "
                          f"(delete {folder} to try again)")
@@ -357,13 +368,13 @@ class Draws(torch.utils.data.Dataset):
     def __getitem__(self, key):
         epoch, i = key
         why = []
-        for step in range(len(self.samples)):  # where a clip can't be read the next one steps in
+        for step in range(min(100, len(self.samples))):  # where a clip can't be read the next one steps in
             try:
                 sample = self.samples.read((i + step) % len(self.samples), np.random.default_rng((self.seed, epoch, i)))
                 return sample | {"skipped": int(step > 0), "why": why[0] if why else ""}
             except Unreadable as error:
                 why.append(str(error))
-        raise ValueError(f"not one of {len(self.samples)} samples can be read, for example {why[0]}")
+        raise ValueError(f"not one of {len(why)} clips in a row can be read, for example {why[0]}")
 
 
 def batches(count, batch, epochs, seed, start=0):
@@ -484,6 +495,11 @@ def make_optimizer(learner, settings):
     return LARS(groups) if settings.optimizer == "lars" else torch.optim.Adam(groups)
 
 
+def digest_of(clips):
+    """Short hex digest of an index's content."""
+    return hashlib.sha256("\n".join(map(repr, clips)).encode()).hexdigest()[:16]
+
+
 def restore(path, learner, optimizer, settings, identity):
     """Load a run's own checkpoint; returns (step, skipped clips of the epoch so far), (0, 0) if there is none.
 
@@ -492,9 +508,13 @@ def restore(path, learner, optimizer, settings, identity):
     if not path.exists():
         return 0, 0
     saved = load_checkpoint(path, [identity["stage"]])
-    then = saved["settings"] | {"samples": saved["samples"], "clip weights": saved.get("clip", {}).get("fingerprint")}
-    now = {f.name: getattr(settings, f.name) for f in fields(settings) if f.compare}
-    now |= {"samples": identity["samples"], "clip weights": identity.get("clip", {}).get("fingerprint")}
+    # the index's content, how many of its clips could be used, and the CLIP that made their targets
+    def made_of(checkpoint):
+        return {"index": checkpoint["data"], "samples": checkpoint["samples"],
+                "clip weights": checkpoint.get("clip", {}).get("fingerprint")}
+
+    then = saved["settings"] | made_of(saved)
+    now = {f.name: getattr(settings, f.name) for f in fields(settings) if f.compare} | made_of(identity)
     changed = {name: (then.get(name), value) for name, value in now.items() if then.get(name) != value}
     if changed:
         raise ValueError(f"{path} was made otherwise (then, now): {changed}; choose another --out, or delete it")
@@ -515,8 +535,6 @@ def train(learner, samples, settings, identity, validate, device):
     out = Path(settings.out)
     checkpoint_path = out / "checkpoint.pt"
     steps_per_epoch = len(samples) // settings.batch
-    if settings.batch % size:
-        raise ValueError(f"--batch {settings.batch} can't be split over {size} ranks")
     if steps_per_epoch == 0:
         raise ValueError(f"{len(samples)} samples do not fill one batch of {settings.batch}; lower --batch")
     steps = settings.epochs * steps_per_epoch
@@ -632,7 +650,8 @@ def make_toy_clip(clip, device):
                              64, device)
         return {f"image->text {k}": v for k, v in top1(images, texts, [c.id for c in val]).items()}
 
-    train(learner, PairSamples(pairs, tokenizer, 64), TOY_CLIP, {"stage": "toy-clip"}, validate, device)
+    identity = {"stage": "toy-clip", "data": digest_of(pairs)}
+    train(learner, PairSamples(pairs, tokenizer, 64), TOY_CLIP, identity, validate, device)
     if ranks()[0] == 0:
         save_checkpoint(clip, learner.clip.state_dict())
     barrier()
@@ -641,6 +660,11 @@ def make_toy_clip(clip, device):
 def main():
     settings = parse(Settings(), PRESETS, description=__doc__)
     device = start_ranks()
+    for name in ("batch", "epochs", "log_every", "save_every", "frames", "mels"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be at least 1")
+    if settings.batch % ranks()[1]:
+        raise ValueError(f"--batch {settings.batch} can't be split over {ranks()[1]} ranks")
     if settings.data == "toy":
         if ranks()[0] == 0 and not Path("data/toy").exists():
             make_toy("data/toy")
@@ -673,10 +697,13 @@ def main():
                                  lambda wave, length: learner.audio_encoder(learner.front_end(wave, length)),
                                  images.shape[1], device, settings.workers)
         both = heard & has_image
+        if not both.any():
+            return {}
         return {f"image->audio {k}": v for k, v in top1(images[heard[has_image]], audio[both],
                 [c.labels for c, use in zip(val, both) if use]).items()}
 
-    identity = {"stage": "pretrain", "front_end": asdict(settings.front_end), "encoder": encoder.config,
+    identity = {"stage": "pretrain", "data": digest_of(clips), "front_end": asdict(settings.front_end),
+                "encoder": encoder.config,
                 "clip": {"weights": str(Path(weights).resolve()), "vocab": str(Path(settings.vocab).resolve()),
                          "fingerprint": fingerprint(clip)}}
     train(learner, AudioSamples(clips, train_bank, settings.front_end), settings, identity, validate, device)
@@ -684,7 +711,8 @@ def main():
         flags = ["--task", "toy", "--checkpoint", f"{out}/checkpoint.pt"]
         print("\n$ python evaluate.py " + " ".join(flags), flush=True)
         alone = {name: value for name, value in os.environ.items() if name != "RANK"}  # not a rank of this run
-        subprocess.run([sys.executable, Path(__file__).with_name("evaluate.py"), *flags], check=False, env=alone)
+        done = subprocess.run([sys.executable, Path(__file__).with_name("evaluate.py"), *flags], check=False, env=alone)
+        sys.exit(done.returncode)
 
 
 def run(script):
@@ -695,7 +723,8 @@ def run(script):
     except (OSError, ValueError, FloatingPointError) as error:
         if rank > 0 and isinstance(error, FileNotFoundError):
             sys.exit(1)  # what is missing is missing for all: rank 0 says so
-        sys.exit(f"{Path(sys.argv[0]).name}{f' (rank {rank})' if rank else ''}: {error}")
+        message = str(error).strip().splitlines()[-1]  # of an error in a worker process, without its traceback
+        sys.exit(f"{Path(sys.argv[0]).name}{f' (rank {rank})' if rank else ''}: {message}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -53,7 +53,7 @@ def run():
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
         script, *flags = map(str, command)
         command = [sys.executable, *launcher, str(ROOT / script), *flags]
-        options = {"env": os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}), "text": True,
+        options = {"env": os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | (env or {}), "text": True,
                    "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         if start:
             return subprocess.Popen(command, **options | {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL})
@@ -70,7 +70,7 @@ def pretrain_flags(world, small_clip, tmp_path):
     return {"--data": world, "--clip": small_clip, "--vocab": world / "vocab.txt.gz", "--out": tmp_path / "out",
             "--sample-rate": 16000, "--mels": 32, "--frames": 60, "--mean": -3, "--std": 4, "--stride-time": 8,
             "--stride-mel": 8, "--batch": 16, "--epochs": 5, "--warmup-epochs": 1, "--lr-weights": 5,
-            "--workers": 1, "--log-every": 2, "--save-every": 3}
+            "--precision": "fp32", "--workers": 1, "--log-every": 2, "--save-every": 3}
 
 
 def flat(flags):

@@ -72,6 +72,9 @@ class Server(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         wanted = self.headers.get("Range") if self.ranges else None
         start = int(wanted[6:-1]) if wanted else 0
+        if start == len(self.content):
+            self.send_error(416)
+            return
         self.send_response(206 if wanted else 200)
         self.send_header("Content-Length", str(len(self.content) - start))
         self.end_headers()
@@ -105,6 +108,11 @@ def test_download_goes_on_where_it_was_cut_off(url, tmp_path, ranges):
     assert not (tmp_path / "w.pt").exists() and (tmp_path / "w.pt.part").stat().st_size == 1_500_000
     assert download(url, tmp_path / "w.pt", DIGEST).read_bytes() == Server.content
     assert os.listdir(tmp_path) == ["w.pt"]
+
+
+def test_download_that_was_killed_before_the_rename_is_finished(url, tmp_path):
+    (tmp_path / "w.pt.part").write_bytes(Server.content)
+    assert download(url, tmp_path / "w.pt", DIGEST).read_bytes() == Server.content
 
 
 def test_download_with_a_wrong_hash_never_gets_the_name(url, tmp_path):
