@@ -47,7 +47,7 @@ def test_fbank_is_kaldis_on_every_recording(shared):
             wave = load_audio(clip.audio, sample_rate)
             single, batch = fbank(wave[None], sample_rate), fbank(torch.stack([wave.flip(0), wave]), sample_rate)
             assert (single[0] - kaldi_fbank(wave, sample_rate)).abs().max() < 1e-3, clip.audio
-            assert torch.equal(single[0], batch[1])
+            assert (batch[1] - kaldi_fbank(wave, sample_rate)).abs().max() < 1e-3, clip.audio
 
 
 def test_a_tone_lights_its_own_mel_bin():
