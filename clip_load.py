@@ -2,6 +2,7 @@
 
     python clip_load.py                      # fetch ViT-B/32 and the vocabulary into ~/.cache/clip
     python clip_load.py --model ViT-B/16     # or a larger eye
+    python clip_load.py import-vipant 00071478.pth out/authors.pt      # the authors' checkpoint, for evaluate.py
 
 C, D, (h, w), T, F as in model.py; N texts of length L.
 """
@@ -194,8 +195,13 @@ BROKEN = (pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, EOFError, Attr
 class Record:
     """What stands in for an object of any class we do not know: it keeps its state and does nothing."""
 
+    def __new__(cls, *args, **kwargs):
+        record = super().__new__(cls)
+        record.state = {}
+        return record
+
     def __init__(self, *args, **kwargs):
-        self.state = {}
+        pass
 
     def __setstate__(self, state):
         self.state = state if isinstance(state, dict) else {"state": state}
@@ -216,10 +222,18 @@ STORAGES = {name + "Storage": dtype for name, dtype in {
     "Bool": torch.bool}.items()}
 
 
+# Packages whose names weights and their settings are known to bring along, and what they may name of the builtins.
+HARMLESS = ("__torch__", "torch", "collections", "omegaconf", "typing", "enum", "pathlib", "operator", "_operator",
+            "functools", "copyreg", "numpy")
+PLAIN = ("object", "dict", "list", "tuple", "set", "frozenset", "str", "unicode", "bytes", "int", "long", "float",
+         "bool", "complex", "slice", "type", "NoneType")
+
+
 class ArchiveReader(pickle.Unpickler):
     """Reads the pickle inside a PyTorch zip file and can only ever build tensors, containers and Records.
 
-    Neither pickle's own loading nor TorchScript's is used: both can run what the file says.
+    Neither pickle's own loading nor TorchScript's is used: both can run what the file says. Here nothing runs: every
+    name but those below becomes a Record, and a name that weights have no use for is refused besides.
     """
     def __init__(self, archive, folder):
         super().__init__(archive.open(folder + "data.pkl"))
@@ -234,7 +248,9 @@ class ArchiveReader(pickle.Unpickler):
             return lambda tensor, *_: tensor
         if module == "torch" and name in STORAGES:
             return STORAGES[name]
-        return Record
+        if name in PLAIN if module in ("builtins", "__builtin__") else module.split(".")[0] in HARMLESS:
+            return Record
+        raise pickle.UnpicklingError(f"it wants {module}.{name}, which weights have no use for; refused")
 
     def persistent_load(self, pid):
         _, dtype, key, _, numel = pid
@@ -350,17 +366,81 @@ def lengthen(encoder, frames):
     return longer.to(state["proj"].device)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Download OpenAI's CLIP weights and vocabulary, verified.")
-    parser.add_argument("--model", choices=MODELS, default="ViT-B/32", help="the paper uses ViT-B/32")
-    url = MODELS[parser.parse_args().model]
+AUTHORS = {"encoder.": "transformer.", "pre_encoder.ln.": "ln_pre.", "pre_encoder.": "", "post_encoder.ln.": "ln_post.",
+           "post_encoder.": "", "misc.": ""}  # how their audio head names what CLIP's visual tower names
+
+
+def import_vipant(path, clip, mels=128, stride=(16, 24)):
+    """A checkpoint of the authors' -> encoder config, "learner" state and front end, as our checkpoints hold them.
+
+    Their file is {"cfg": settings, "model": (image, audio, text, loss)} of state dicts; the kernel has 3 channels,
+    whose mean they take in every forward pass. Nothing in the file is executed. clip: the CLIP it was trained
+    against. Raises FileNotFoundError, ValueError (another format, another CLIP).
+    """
+    content = read_archive(path)
     try:
-        weights = download(url, CACHE / url.rsplit("/", 1)[1], url.split("/")[-2])
-        vocabulary = download(VOCABULARY, CACHE / VOCABULARY.rsplit("/", 1)[1], VOCABULARY_SHA256)
-        clip, tokenizer = load_clip(weights), Tokenizer(vocabulary)
-    except (OSError, ValueError) as error:
-        sys.exit(str(error))
+        image, audio, _, loss = content["model"]
+        state = {}
+        for key, value in audio.items():
+            old = next((prefix for prefix in AUTHORS if key.startswith(prefix)), "")
+            state[AUTHORS.get(old, "") + key[len(old):]] = value.float()
+        state["conv1.weight"] = state["conv1.weight"].mean(1, keepdim=True)          # (C, 3, P, P) -> (C, 1, P, P)
+        C, _, patch, _ = state["conv1.weight"].shape
+        rows = (len(state["positional_embedding"]) - 1) // ((mels - patch) // stride[1] + 1)
+        frames = 1000 if (1000 - patch) // stride[0] + 1 == rows else patch + stride[0] * (rows - 1)
+        encoder = VisionTransformer((frames, mels), patch, stride, channels=1, width=C, heads=C // 64,
+                                    layers=count_blocks(state, "transformer."), output_dim=state["proj"].shape[1])
+        encoder.load_state_dict(state)
+        log_scale = next((value for key, value in loss.items() if key.endswith("logit_scale")), math.log(1 / 0.07))
+        learner = {f"audio_encoder.{key}": value for key, value in encoder.state_dict().items()}
+        learner["log_scale"] = torch.as_tensor(log_scale).float().reshape(())
+        eye = image.get("post_encoder.proj")
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, IndexError) as error:
+        raise ValueError(f"{path}: not a checkpoint of the authors' ({type(error).__name__}: {error})") from None
+    if encoder.proj.shape[1] != clip.visual.proj.shape[1] or (
+            eye is not None and not torch.allclose(eye.float(), clip.visual.proj.cpu(), atol=1e-3)):
+        raise ValueError(f"{path}: was trained against another CLIP; name its weights with --clip")
+    front_end = {"sample_rate": 44_100, "mels": mels, "frames": frames, "mean": -4.93839311, "std": 5.75751113}
+    return {"encoder": encoder.config, "learner": learner, "front_end": front_end}
+
+
+# ------------------------------------------------------------------------------------ commands
+
+def main():
+    parser = argparse.ArgumentParser(description="Download OpenAI's CLIP weights and vocabulary, verified.",
+                                     allow_abbrev=False)
+    parser.add_argument("--model", choices=MODELS, default="ViT-B/32", help="the paper uses ViT-B/32")
+    commands = parser.add_subparsers(dest="command", metavar="import-vipant")
+    command = commands.add_parser("import-vipant", help="turn a checkpoint of the authors' into one of ours")
+    command.add_argument("theirs", help="their file, for example 00071478.pth")
+    command.add_argument("ours", help="the checkpoint to write, for example out/authors.pt")
+    command.add_argument("--clip", default="ViT-B/32", help="the CLIP it was trained against (ViT-B/32)")
+    command.add_argument("--vocab", default=str(CACHE / VOCABULARY.rsplit("/", 1)[1]), help="the tokenizer's")
+    args = parser.parse_args()
+    if args.command == "import-vipant":
+        from pretrain import save_checkpoint, versions  # pretrain.py imports this file
+        weights = cached(args.clip) if args.clip in MODELS else args.clip
+        clip = load_clip(weights)
+        theirs = import_vipant(args.theirs, clip)
+        save_checkpoint(args.ours, theirs | {
+            "stage": "pretrain", "step": 0, "steps": 0, "settings": {"init": "clip", "imported": args.theirs},
+            "versions": versions(), "clip": {"weights": str(Path(weights).resolve()), "fingerprint": fingerprint(clip),
+                                             "vocab": str(Path(args.vocab).resolve())}})
+        print(f"{args.ours}: audio encoder of {theirs['front_end']['frames'] / 100:g} s; "
+              f"next: python evaluate.py --task all --checkpoint {args.ours}")
+        return
+    url = MODELS[args.model]
+    weights = download(url, CACHE / url.rsplit("/", 1)[1], url.split("/")[-2])
+    vocabulary = download(VOCABULARY, CACHE / VOCABULARY.rsplit("/", 1)[1], VOCABULARY_SHA256)
+    clip, tokenizer = load_clip(weights), Tokenizer(vocabulary)
     print(f"{weights}: {sum(p.numel() for p in clip.parameters()) / 1e6:.0f} M parameters, "
           f"images {clip.image_size}×{clip.image_size}, {clip.text_projection.shape[1]} dimensions, verified")
     print(f"{vocabulary}: {tokenizer.vocab_size} tokens, verified")
     print("next: python pretrain.py --data toy, or the full run in README.md")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"clip_load.py: {error}")

@@ -1,6 +1,8 @@
 """Files to tensors: audio, filterbanks, masking, frames, readers of datasets, the toy world (§3.2.2).
 
     python data.py toy                       # make the toy world in data/toy (pretrain.py --data toy does it too)
+    python data.py extract --segments data/audioset/eval_segments.csv --videos VIDEOS    # videos -> WAV, frames, index
+    python data.py stats --data audioset     # mean and std of its log-mel values, for --mean and --std
 
 B  batch     S  samples of a waveform     T  frames of 10 ms     F  mel bins     R  side of an image in pixels
 """
@@ -10,20 +12,22 @@ import gzip
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import warnings
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache, partial
 from pathlib import Path
 
+import av
 import numpy as np
 import soundfile
 import torch
 import torchaudio
 from PIL import Image, ImageDraw
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 
@@ -31,17 +35,23 @@ class Unreadable(ValueError):
     """One file that can't be used; the message names it. Training skips and counts it."""
 
 
+class Silent(Unreadable):
+    """A file, or the part of it that was asked for, whose samples are all equal."""
+
+
 # --------------------------------------------------------------------------------------- audio
 
-def load_audio(path, sample_rate, seconds=None):
-    """First channel of an audio file, its first `seconds` (all by default) -> (S,) float32 in [-1, 1].
+def load_audio(path, sample_rate, seconds=None, start=0.0):
+    """First channel of an audio file, `seconds` (all by default) from `start` on -> (S,) float32 in [-1, 1].
 
     Any format, rate and sample width that libsndfile knows; resampled to `sample_rate` Hz where it differs.
-    Raises Unreadable (missing, empty, corrupt, below 25 ms, silent, not finite).
+    Raises Unreadable (missing, empty, corrupt, below 25 ms, not finite), Silent.
     """
     try:
         with soundfile.SoundFile(path) as file:
             rate, channels = file.samplerate, file.channels
+            if start:
+                file.seek(min(round(start * rate), file.frames))
             wave = file.read(-1 if seconds is None else math.ceil(seconds * rate), dtype="float32", always_2d=True)
     except (OSError, RuntimeError, TypeError) as error:  # soundfile's own is a RuntimeError; TypeError: a .raw file
         raise Unreadable(f"{path}: can't be read as audio ({error})") from None
@@ -55,7 +65,7 @@ def load_audio(path, sample_rate, seconds=None):
     if not np.isfinite(wave).all():
         raise Unreadable(f"{path}: holds NaN or infinite samples")
     if wave.min() == wave.max():
-        raise Unreadable(f"{path}: silent (every sample of its first channel is equal)")
+        raise Silent(f"{path}: silent (every sample of its first channel is equal)")
     wave = torch.from_numpy(wave)
     if rate != sample_rate:
         ratio = Fraction(sample_rate, rate).limit_denominator(1000)  # exact for usual rates; odd ones need huge filters
@@ -121,10 +131,17 @@ class FrontEnd:
         """Samples that fill all frames (a window reaches 15 ms past its frame)."""
         return (self.frames - 1) * int(self.sample_rate * 0.010) + int(self.sample_rate * 0.025)
 
-    def load(self, path):
-        """Audio file -> (samples,) float32 without its mean, zero-padded, and its length before. Raises Unreadable."""
-        wave = load_audio(path, self.sample_rate, seconds=self.seconds + 0.1)[:self.samples]
+    def load(self, path, start=0.0):
+        """Audio file from `start` s on -> (samples,) without its mean, zero-padded; its length. Raises Unreadable."""
+        wave = load_audio(path, self.sample_rate, self.seconds + 0.1, start)[:self.samples]
         return torch.nn.functional.pad(wave - wave.mean(), (0, self.samples - len(wave))), len(wave)
+
+    def load_window(self, place):
+        """The same for a window (path, start) of a long recording, which may be silent for a while."""
+        try:
+            return self.load(*place)
+        except Silent:
+            return torch.zeros(self.samples), self.samples
 
     def __call__(self, waves, lengths):
         """Padded waveforms (B, samples), lengths (B,) -> normalised filterbanks (B, 1, T, F)."""
@@ -195,9 +212,14 @@ class Clip:
 HOW_TO_GET = {
     "audioset": "AudioSet comes as ids: download the videos yourself, then see 'The full run' in README.md. "
                 "To try without any download: python pretrain.py --data toy",
+    "audiocaps": "AudioCaps: train.csv, val.csv and test.csv from https://github.com/cdjkim/audiocaps, and its clips "
+                 "as 'Datasets' in README.md says, into data/audiocaps, or point --data at it",
     "esc50": "ESC-50: git clone https://github.com/karolpiczak/ESC-50 data/esc50, or point --data at it",
+    "us8k": "UrbanSound8K: unpack UrbanSound8K.tar.gz from https://urbansounddataset.weebly.com into data/us8k, "
+            "or point --data at it",
     "clotho": "Clotho: download clotho_audio_evaluation.7z and clotho_captions_evaluation.csv from "
               "https://zenodo.org/records/4783391 into data/clotho, or point --data at it",
+    "mscoco": "MSCOCO's captions: unpack annotations_trainval2014.zip from https://cocodataset.org into data/mscoco",
     "toy": "The toy world: python data.py toy",
 }
 
@@ -210,14 +232,30 @@ def dataset_folder(place):
     return folder
 
 
+def read_split(name, folder, split="test", need=("audio",)):
+    """A split (train, val, test) of a dataset -> list of Clip: `<split>.jsonl` where it is there, else as published.
+
+    name: one of READERS. need: as for read_index. Raises FileNotFoundError, ValueError (file and line).
+    """
+    folder = Path(folder)
+    if (folder / f"{split}.jsonl").exists():
+        return read_index(folder / f"{split}.jsonl", need)
+    table = READERS[name].table(folder, split)
+    if not table.exists():
+        raise FileNotFoundError(f"{folder}: holds neither {split}.jsonl nor {table.relative_to(folder)}. "
+                                f"{HOW_TO_GET[name]}")
+    return READERS[name].read(folder, split)
+
+
 def read_index(path, need=("audio",)):
-    """An index, one JSON object a line -> list of Clip.
+    """An index, one JSON object a line -> list of Clip. The authors' lines (those with "dir") are read too.
 
     need: keys that every line must have besides "id". Raises FileNotFoundError, ValueError (file and line).
     """
     path, clips = Path(path), []
+    names = class_names(path.parent) if (path.parent / CLASS_NAMES).exists() else {}
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
@@ -225,6 +263,7 @@ def read_index(path, need=("audio",)):
                     row = json.loads(line)
                 except (ValueError, RecursionError) as error:
                     raise ValueError(f"{path}:{number}: not JSON ({error})") from None
+                row = from_authors(row) if isinstance(row, dict) and "dir" in row else row
                 missing = [key for key in ("id", *need) if not isinstance(row, dict) or row.get(key) in (None, "", [])]
                 if missing:
                     raise ValueError(f"{path}:{number}: lacks {', '.join(missing)}; a line here needs "
@@ -235,9 +274,10 @@ def read_index(path, need=("audio",)):
                 if wrong or not isinstance(row.get("audio", ""), str):
                     raise ValueError(f"{path}:{number}: {', '.join(wrong) or 'audio'} must be "
                                      f"{'a list of strings' if wrong else 'a string'}")
-                clips.append(Clip(str(row["id"]), str(path.parent / row["audio"]) if row.get("audio") else "",
-                                  tuple(str(path.parent / frame) for frame in lists["frames"]),
-                                  tuple(lists["labels"]), tuple(lists["captions"])))
+                clips.append(Clip(id=str(row["id"]), audio=str(path.parent / row["audio"]) if row.get("audio") else "",
+                                  frames=tuple(str(path.parent / frame) for frame in lists["frames"]),
+                                  labels=tuple(names.get(label, label) for label in lists["labels"]),
+                                  captions=tuple(lists["captions"])))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such index. README.md, 'Index', says what it holds") from None
     except UnicodeDecodeError as error:
@@ -245,6 +285,17 @@ def read_index(path, need=("audio",)):
     if not clips:
         raise ValueError(f"{path}: no clips in it")
     return clips
+
+
+def from_authors(row):
+    """A line of the authors' index, {dir}/aclip/{id}.{aclip} and {dir}/frame/{id}.{frame} -> as a line of ours."""
+    def paths(kind):
+        endings = row.get(kind) or []
+        endings = [endings] if isinstance(endings, str) else endings
+        return ["/".join(filter(None, (str(row["dir"]), kind, f"{row.get('id')}.{ending}"))) for ending in endings]
+
+    return {"id": row.get("id"), "audio": (paths("aclip") or paths("clip") or [""])[0], "frames": paths("frame"),
+            "labels": row.get("labels") or [], "captions": row.get("captions") or []}
 
 
 def read_csv(path, need):
@@ -263,19 +314,442 @@ def read_csv(path, need):
     return rows
 
 
-def read_esc50(folder):
+def read_esc50(folder, split="test"):
     """ESC-50 (or ESC-10) as published -> list of Clip with one label and a fold; underscores become spaces."""
-    folder = Path(folder)
     return [Clip(row["filename"], str(folder / "audio" / row["filename"]), labels=(row["category"].replace("_", " "),),
                  fold=int(row["fold"]) if row["fold"].isdigit() else 0)
             for row in read_csv(folder / "meta" / "esc50.csv", ("filename", "fold", "category"))]
 
 
-def read_clotho(folder, split="evaluation"):
+def us8k_root(folder):
+    """Where the archive's content lies: the folder itself, or the UrbanSound8K/ that unpacking makes."""
+    return folder / "UrbanSound8K" if (folder / "UrbanSound8K").is_dir() else folder
+
+
+def read_us8k(folder, split="test"):
+    """UrbanSound8K as published -> list of Clip with one label and a fold; underscores become spaces."""
+    folder = us8k_root(folder)
+    return [Clip(row["slice_file_name"], str(folder / "audio" / f"fold{row['fold']}" / row["slice_file_name"]),
+                 labels=(row["class"].replace("_", " "),), fold=int(row["fold"]) if row["fold"].isdigit() else 0)
+            for row in read_csv(folder / "metadata" / "UrbanSound8K.csv", ("slice_file_name", "fold", "class"))]
+
+
+CLOTHO_SPLITS = {"train": "development", "val": "validation", "test": "evaluation"}
+
+
+def read_clotho(folder, split="test"):
     """Clotho as published -> list of Clip with 5 captions."""
-    folder, keys = Path(folder), [f"caption_{i}" for i in range(1, 6)]
+    split, keys = CLOTHO_SPLITS[split], [f"caption_{i}" for i in range(1, 6)]
     return [Clip(row["file_name"], str(folder / split / row["file_name"]), captions=tuple(row[key] for key in keys))
             for row in read_csv(folder / f"clotho_captions_{split}.csv", ("file_name", *keys))]
+
+
+def read_coco_captions(folder, split="train"):
+    """MSCOCO 2014's captions of a split (train, val) as published -> list of str, white space evened out."""
+    path = next(Path(folder).glob(f"**/captions_{split}2014.json"), Path(folder) / f"captions_{split}2014.json")
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["annotations"]
+        return [" ".join(row["caption"].split()) for row in rows]
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file. {HOW_TO_GET['mscoco']}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: not MSCOCO's captions ({type(error).__name__}: {error})") from None
+
+
+# AudioSet and AudioCaps come as ids of YouTube videos and a start; what is on disk is named after them, somehow.
+
+CLASS_NAMES = "class_labels_indices.csv"
+AUDIOSET_SPLITS = {"train": "unbalanced_train_segments", "val": "balanced_train_segments", "test": "eval_segments"}
+AUDIO = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".caf", ".w64")
+VIDEO = (".mp4", ".m4v", ".mkv", ".webm", ".mov", ".avi", ".flv", ".3gp", ".ts", ".m4a", ".mka", ".aac")
+YOUTUBE = re.compile(r"Y?([\w-]{11})(?:_(\d+(?:\.\d+)?))?(?:_\d+(?:\.\d+)?)?", re.ASCII)
+
+
+def youtube_id(name):
+    """`{id}`, `Y{id}`, `{id}_{start}` or `{id}_{start}_{end}` -> (id, start in the name's own unit or None) or None."""
+    found = YOUTUBE.fullmatch(name)
+    return found and (found[1], found[2] and float(found[2]))
+
+
+def class_names(folder):
+    """AudioSet's class_labels_indices.csv -> {mid: name} in the order of its index."""
+    rows = read_csv(Path(folder) / CLASS_NAMES, ("index", "mid", "display_name"))
+    return {row["mid"]: row["display_name"] for row in rows}
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A stretch of a YouTube video, as AudioSet and AudioCaps list it."""
+    video: str
+    start: float            # seconds
+    end: float
+    labels: tuple = ()      # AudioSet's mids
+    captions: tuple = ()
+
+    @property
+    def id(self):
+        return f"{self.video}_{f'{self.start:.3f}'.rstrip('0').rstrip('.')}"
+
+
+def read_segments(path):
+    """AudioSet's CSVs (three lines of comment) or AudioCaps' (a header, a row a caption) -> list of Segment."""
+    path = Path(path)
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            published_by_audioset = file.read(1) == "#"
+            file.seek(0)
+            lines = list(csv.reader(file, skipinitialspace=True)) if published_by_audioset else []
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file; it belongs to the dataset as published") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: not a CSV in UTF-8 ({error})") from None
+    if published_by_audioset:
+        rows = [(number, line) for number, line in enumerate(lines, 1) if line and not line[0].startswith("#")]
+    else:
+        rows = [(number, (row["youtube_id"], row["start_time"], None, row["caption"]))
+                for number, row in enumerate(read_csv(path, ("youtube_id", "start_time", "caption")), 2)]
+    segments = {}
+    for number, row in rows:
+        try:
+            video, start, end, text = row
+            segment = Segment(video, float(start), float(start) + 10 if end is None else float(end))
+            if not YOUTUBE.fullmatch(video) or not 0 <= segment.start < segment.end < math.inf:
+                raise ValueError("no stretch of a YouTube video")
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
+        captions = segments.get(segment.id, segment).captions
+        segments[segment.id] = (replace(segment, labels=tuple(text.split(","))) if published_by_audioset else
+                                replace(segment, captions=(*captions, text)))
+    if not segments:
+        raise ValueError(f"{path}: no segments in it")
+    return list(segments.values())
+
+
+def find_files(folder, endings):
+    """Files below a folder with one of these endings, links followed -> sorted list of paths."""
+    found, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:  # a link that leads back up
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [os.path.join(place, name) for name in names
+                  if name.lower().endswith(endings) and not name.startswith(".")]
+    return sorted(found)
+
+
+def by_video(paths):
+    """Files named after YouTube videos -> {id: [(start or None, path)]}, those with a start first."""
+    files = {}
+    for path in paths:
+        if parts := youtube_id(Path(path).stem):
+            files.setdefault(parts[0], []).append((parts[1], path))
+    for choices in files.values():
+        choices.sort(key=lambda choice: (choice[0] is None, choice))
+    return files
+
+
+def file_of(segment, files):
+    """The segment's file: one with its start in the name (seconds or milliseconds), or one named by the id alone.
+
+    Returns (start in the name or None, path), or (None, "") where there is none.
+    """
+    return next(((start, path) for start, path in files.get(segment.video, ())
+                 if start is None or start in (segment.start, 1000 * segment.start)), (None, ""))
+
+
+def read_youtube(folder, table):
+    """The clips of a table of segments, with the sounds below `folder` -> list of Clip; audio "" where missing."""
+    files, names = by_video(find_files(folder, AUDIO)), {}
+    if (folder / CLASS_NAMES).exists():
+        names = class_names(folder)
+    return [Clip(segment.id, file_of(segment, files)[1], labels=tuple(names.get(mid, mid) for mid in segment.labels),
+                 captions=segment.captions) for segment in read_segments(table)]
+
+
+def add_labels(clips, folder):
+    """Clips of AudioCaps with the labels that AudioSet (its CSVs in `folder`) gives to the same videos."""
+    names = class_names(folder)
+    tables = [Path(folder) / f"{table}.csv" for table in AUDIOSET_SPLITS.values()]
+    labels = {segment.video: tuple(names.get(mid, mid) for mid in segment.labels)
+              for table in tables if table.exists() for segment in read_segments(table)}
+    return [replace(clip, labels=labels.get((youtube_id(clip.id) or [""])[0], ())) for clip in clips]
+
+
+def leave_out_audiocaps(clips, folder):
+    """Training clips without those whose video is in AudioCaps' val or test set -> (clips kept, number left out).
+
+    Raises FileNotFoundError where the clips are YouTube's and AudioCaps' tables are not in `folder`.
+    """
+    videos = [(youtube_id(clip.id) or [None])[0] for clip in clips]
+    tables = [Path(folder) / f"{split}.csv" for split in ("val", "test")]
+    missing = [str(table) for table in tables if not table.exists()]
+    if missing and any(videos):
+        raise FileNotFoundError(f"{' and '.join(missing)}: not there, so clips that AudioCaps tests with can't be left "
+                                f"out of training. Get the tables (https://github.com/cdjkim/audiocaps) or pass "
+                                f"--leave-out none")
+    held_out = {segment.video for table in tables if not missing for segment in read_segments(table)}
+    kept = [clip for clip, video in zip(clips, videos) if video not in held_out]
+    return kept, len(clips) - len(kept)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How a dataset lies on disk as published."""
+    read: callable      # (folder, split) -> list of Clip
+    table: callable     # (folder, split) -> the file that lists its clips
+    seconds: float      # of a clip that the paper hears
+
+
+READERS = {
+    "audioset": Reader(lambda folder, split: read_youtube(folder, folder / f"{AUDIOSET_SPLITS[split]}.csv"),
+                       lambda folder, split: folder / f"{AUDIOSET_SPLITS[split]}.csv", 10),
+    "audiocaps": Reader(lambda folder, split: read_youtube(folder, folder / f"{split}.csv"),
+                        lambda folder, split: folder / f"{split}.csv", 10),
+    "clotho": Reader(read_clotho, lambda folder, split: folder / f"clotho_captions_{CLOTHO_SPLITS[split]}.csv", 10),
+    "esc50": Reader(read_esc50, lambda folder, split: folder / "meta" / "esc50.csv", 5),
+    "us8k": Reader(read_us8k, lambda folder, split: us8k_root(folder) / "metadata" / "UrbanSound8K.csv", 4),
+}
+
+
+# ------------------------------------------------------------------------- from videos to clips
+
+class Calls(Dataset):
+    """function(item) for each item, for a DataLoader's workers to make: processes that end when their parent does."""
+
+    def __init__(self, function, items):
+        self.function, self.items = function, items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        return self.function(self.items[i])
+
+
+def as_it_is(result):
+    """Collate nothing."""
+    return result
+
+
+def in_processes(function, items, workers):
+    """Iterate over function(item) in the order of items, computed by `workers` processes (0: by this one)."""
+    return DataLoader(Calls(function, items), batch_size=None, num_workers=workers, collate_fn=as_it_is)
+
+
+def decode(path, kind):
+    """Open a file with PyAV -> (container, its first stream of kind "audio" or "video"). Raises Unreadable."""
+    try:
+        container = av.open(path, metadata_errors="ignore")
+    except (OSError, av.FFmpegError) as error:
+        raise Unreadable(f"{path}: can't be opened ({error})") from None
+    streams = container.streams.get(**{kind: 0}) if getattr(container.streams, kind) else []
+    if not streams:
+        container.close()
+        raise Unreadable(f"{path}: has no {'sound' if kind == 'audio' else 'pictures'}")
+    return container, streams[0]
+
+
+def decoded(container, stream, start):
+    """Frames of a stream from the key frame before `start` (seconds from the file's own beginning) on: (time, frame).
+
+    Where the file is damaged the frames end; that a stretch came out short is the caller's to notice.
+    """
+    zero = (container.start_time or 0) / av.time_base
+    try:
+        container.seek(max(0, int((start + zero) / stream.time_base)), stream=stream)
+        for frame in container.decode(stream):
+            if frame.time is not None:
+                yield frame.time - zero, frame
+    except (OSError, ValueError, av.FFmpegError):
+        return
+
+
+def cut_audio(path, start, end, sample_rate):
+    """First channel of `start` to `end` (seconds) of a video or audio file -> (S,) float32. Raises Unreadable.
+
+    Sample-accurate: frames lie where their time stamps say, decoding begins a second early for codecs that need a
+    run-up, and the resampling filter has no delay.
+    """
+    container, stream = decode(path, "audio")
+    with container:
+        rate = stream.rate
+        wave, reached = np.zeros(round((end - start) * rate), np.float32), 0
+        at = None
+        for time, frame in decoded(container, stream, start - 1):
+            samples = frame.to_ndarray()                                             # (channels, n) or (1, channels·n)
+            samples = samples[0] if frame.format.is_planar else samples[0, ::frame.layout.nb_channels]
+            if samples.dtype.kind != "f":
+                middle = 128 if samples.dtype == np.uint8 else 0
+                samples = (samples.astype(np.float32) - middle) / (128 if middle else np.iinfo(samples.dtype).max + 1)
+            stamp = round((time - start) * rate)
+            at = stamp if at is None or abs(stamp - at) > 0.02 * rate else at  # stamps may be in whole milliseconds
+            first, last = max(at, 0), min(at + len(samples), len(wave))
+            if last > first:
+                wave[first:last] = samples[first - at:last - at]
+                reached = last
+            at += len(samples)
+            if at >= len(wave):
+                break
+    if reached < len(wave) - SLACK * rate:
+        raise Unreadable(f"{path}: its sound ends {len(wave) / rate - reached / rate:.1f} s before {end:g} s")
+    wave = torch.from_numpy(wave)
+    if rate != sample_rate:
+        wave = torchaudio.functional.resample(wave, rate, sample_rate)
+    return wave
+
+
+SLACK = 0.5  # seconds by which a video may end too early: lists are in whole seconds, videos are not
+
+
+def cut_frames(path, times, side):
+    """The pictures shown at these times (seconds, ascending) -> list of PIL images, shorter side at most `side` pixels.
+
+    Raises Unreadable.
+    """
+    container, stream = decode(path, "video")
+    pictures, shown, shown_at = [], None, -math.inf
+    with container:
+        for time, frame in decoded(container, stream, times[0]):
+            while len(pictures) < len(times) and shown is not None and time > times[len(pictures)] + 1e-4:
+                pictures.append(shown)
+            if len(pictures) == len(times):
+                break
+            shown, shown_at = frame, time
+        while shown is not None and len(pictures) < len(times) and times[len(pictures)] <= shown_at + SLACK:
+            pictures.append(shown)
+        if len(pictures) < len(times):
+            raise Unreadable(f"{path}: its pictures end before {times[len(pictures)]:.1f} s")
+        images = [picture.to_image() for picture in pictures]
+    factor = side / min(images[0].size) if side else 1
+    if factor < 1:
+        size = [round(length * factor) for length in images[0].size]
+        images = [image.resize(size, Image.Resampling.BICUBIC) for image in images]
+    return images
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """Cuts a segment out of its video: `audio/xx/{id}.wav`, `frames/xx/{id}_1.jpg` … 4 below `out`."""
+    out: Path
+    sample_rate: int    # Hz
+    side: int           # pixels of a frame's shorter side, 0 for as it is
+
+    def paths(self, segment):
+        """Where a segment's files go, relative to `out`: the WAV, four JPEGs. 4,000 folders share two million clips."""
+        place = f"{segment.video[:2]}/{segment.id}"
+        return f"audio/{place}.wav", [f"frames/{place}_{i}.jpg" for i in range(1, 5)]
+
+    def __call__(self, job):
+        """(segment, start of the file or None, video file) -> (status, reason), the files written.
+
+        A file gets its name when it is whole, and the WAV comes last: where it is, the clip is done.
+        """
+        segment, file_starts, video = job
+        audio, frames = self.paths(segment)
+        if (self.out / audio).exists():
+            return "done" if (self.out / frames[-1]).exists() else "no pictures", "extracted earlier"
+        offset = 0.0 if file_starts is None else segment.start  # a file with a start in its name begins there
+        start, end, status, reason = segment.start - offset, segment.end - offset, "done", ""
+        try:
+            wave = cut_audio(video, start, end, self.sample_rate)
+            if wave.min() == wave.max():
+                raise Unreadable(f"{video}: silent")
+        except Unreadable as error:
+            return "unreadable", str(error)
+        try:
+            times = [start + i * (end - start) / 3 for i in range(4)]  # §3.2.2: 4 equally spaced, both ends included
+            for name, image in zip(frames, cut_frames(video, times, self.side)):
+                self.write(name, lambda path, image=image: image.save(path, "JPEG", quality=95))
+        except Unreadable as error:
+            status, reason = "no pictures", str(error)
+        self.write(audio, lambda path: soundfile.write(path, wave.clamp(-1, 1).numpy(), self.sample_rate, "PCM_16",
+                                                       format="WAV"))
+        return status, reason
+
+    def write(self, name, save):
+        path = self.out / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        try:
+            save(part)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def extract(table, videos, out, sample_rate=FrontEnd.sample_rate, side=224, workers=2):
+    """Cut a table's segments out of the videos below a folder; returns {status: count}.
+
+    Leaves `<split>.jsonl` (the index) and `<split>_report.csv` (a line a segment: id, status, reason) in `out`. Called
+    again it goes on where it was cut short, and tries again what was missing or unreadable.
+    """
+    table, out = Path(table), Path(out)
+    segments, files = read_segments(table), by_video(find_files(videos, VIDEO))
+    split = {table: split for split, table in AUDIOSET_SPLITS.items()}.get(table.stem, table.stem)
+    names = class_names(table.parent) if (table.parent / CLASS_NAMES).exists() else {}
+    out.mkdir(parents=True, exist_ok=True)
+    for left_over in out.glob("*/*/*.part"):  # of a run that was killed
+        left_over.unlink(missing_ok=True)
+    cut = Extraction(out, sample_rate, side)
+    jobs = [(segment, *file_of(segment, files)) for segment in segments]
+    jobs, missing = [job for job in jobs if job[2]], [job[0] for job in jobs if not job[2]]
+    index, report = [], [(segment.id, "missing", f"no {segment.video}.* in {videos}") for segment in missing]
+    with tqdm(total=len(jobs), desc=f"{split}: {len(jobs)} of {len(segments)} videos found", unit=" clips") as bar:
+        for (segment, *_), (status, reason) in zip(jobs, in_processes(cut, jobs, workers)):
+            bar.update()
+            report.append((segment.id, status, reason))
+            if status == "unreadable":
+                bar.write(f"skipped: {reason}", file=sys.stderr)
+                continue
+            audio, frames = cut.paths(segment)
+            row = {"id": segment.id, "audio": audio, "frames": frames if status == "done" else [],
+                   "labels": [names.get(mid, mid) for mid in segment.labels], "captions": list(segment.captions)}
+            index.append(json.dumps({key: value for key, value in row.items() if value}, ensure_ascii=False) + "\n")
+    for name, write in ((f"{split}.jsonl", lambda file: file.writelines(index)),
+                        (f"{split}_report.csv", lambda file: csv.writer(file).writerows(
+                            [("id", "status", "reason"), *report]))):
+        with open(out / f"{name}.part", "w", encoding="utf-8", newline="") as file:
+            write(file)
+        os.replace(out / f"{name}.part", out / name)
+    counts = {status: sum(row[1] == status for row in report)
+              for status in ("done", "no pictures", "unreadable", "missing")}
+    print(f"{len(segments)} segments: " + ", ".join(f"{count} {status}" for status, count in counts.items())
+          + f"\nindex {out / f'{split}.jsonl'}, reasons in {out / f'{split}_report.csv'}")
+    return counts
+
+
+# --------------------------------------------------------------------------------- statistics
+
+def sums(clip, front_end):
+    """A clip's log-mel values: (count, sum, sum of squares) as (3,) float64, or why it can't be read."""
+    try:
+        wave, length = front_end.load(clip.audio)
+    except Unreadable as error:
+        return str(error)
+    x = front_end(wave[None], torch.tensor([length])).double()                       # (1, 1, T, F), mean 0, std 1
+    return torch.stack([torch.tensor(x.numel(), dtype=torch.float64), x.sum(), x.square().sum()])
+
+
+def statistics(clips, front_end, workers=2):
+    """Mean and standard deviation of the clips' log-mel values as the encoder sees them, padding included.
+
+    Returns (mean, std, clips read). front_end's own mean and std are ignored. Raises ValueError if none can be read.
+    """
+    total, read = torch.zeros(3, dtype=torch.float64), 0
+    plain = replace(front_end, mean=0.0, std=1.0)
+    with tqdm(total=len(clips), desc="statistics", unit=" clips") as bar:
+        for result in in_processes(partial(sums, front_end=plain), clips, workers):
+            bar.update()
+            if isinstance(result, str):
+                bar.write(f"skipped: {result}", file=sys.stderr)
+            else:
+                total, read = total + result, read + 1
+    if not read:
+        raise ValueError(f"not one of {len(clips)} clips could be read")
+    count, first, second = total.tolist()
+    return first / count, math.sqrt(second / count - (first / count) ** 2), read
 
 
 # ------------------------------------------------------------------------------- the toy world
@@ -407,9 +881,8 @@ def make_toy(folder, seed=0, splits=TOY_SPLITS, workers=2):
     for name in ("audio", "frames"):
         (partial_folder / name).mkdir(parents=True)
     jobs = [(split, i) for split, count in splits.items() for i in range(count)]
-    with ProcessPoolExecutor(workers) as pool:
-        rows = list(tqdm(pool.map(partial(make_toy_clip, folder=partial_folder, seed=seed), jobs, chunksize=100),
-                         total=len(jobs), desc="toy world", unit=" clips"))
+    rows = list(tqdm(in_processes(partial(make_toy_clip, folder=partial_folder, seed=seed), jobs, workers),
+                     total=len(jobs), desc="toy world", unit=" clips"))
     for split in splits:
         with open(partial_folder / f"{split}.jsonl", "w") as file:
             file.writelines(json.dumps(row) + "\n" for row, job in zip(rows, jobs) if job[0] == split)
@@ -430,14 +903,51 @@ def write_toy_vocabulary(path):
         file.write("#version: toy\n" + "".join(f"{left} {right}\n" for left, right in merges))
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("command", choices=["toy"], help="toy: make the toy world")
-    parser.add_argument("--out", default="data/toy", help="folder to make")
-    parser.add_argument("--seed", type=int, default=0)
+# ------------------------------------------------------------------------------------ commands
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="toy | extract | stats")
+    toy = commands.add_parser("toy", help="make the toy world", allow_abbrev=False)
+    toy.add_argument("--out", default="data/toy", help="folder to make (data/toy)")
+    toy.add_argument("--seed", type=int, default=0)
+    cut = commands.add_parser("extract", help="cut WAV and frames out of videos", allow_abbrev=False)
+    cut.add_argument("--segments", required=True, help="AudioSet's or AudioCaps' CSV, as published")
+    cut.add_argument("--videos", required=True, help="folder with {id}.mp4, or {id}_{start}.mp4 that begin at start")
+    cut.add_argument("--out", help="folder for audio/, frames/ and the index (the CSV's own)")
+    cut.add_argument("--side", type=int, default=224, help="shorter side of a frame in pixels, 0: as it is (224)")
+    stats = commands.add_parser("stats", help="mean and std of a dataset's log-mel values", allow_abbrev=False)
+    stats.add_argument("--data", default="audioset", help="a dataset's name or its folder (audioset)")
+    stats.add_argument("--split", default="train", choices=["train", "val", "test"], help="(train)")
+    stats.add_argument("--mels", type=int, default=FrontEnd.mels, help="mel bins (128)")
+    stats.add_argument("--frames", type=int, default=FrontEnd.frames, help="of 10 ms that the encoder hears (1000)")
+    for command in (cut, stats):
+        command.add_argument("--sample-rate", type=int, default=FrontEnd.sample_rate, help="Hz (44100)")
+        command.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes")
     args = parser.parse_args()
-    if Path(args.out).exists():
-        sys.exit(f"{args.out} exists; delete it to make it anew")
-    make_toy(args.out, args.seed)
-    print(f"{args.out}: {', '.join(f'{split} {count}' for split, count in TOY_SPLITS.items())}; "
-          f"next: python pretrain.py --data toy")
+    if args.command == "toy":
+        if Path(args.out).exists():
+            raise ValueError(f"{args.out} exists; delete it to make it anew")
+        make_toy(args.out, args.seed)
+        print(f"{args.out}: {', '.join(f'{split} {count}' for split, count in TOY_SPLITS.items())}; "
+              f"next: python pretrain.py --data toy")
+    elif args.command == "extract":
+        if not Path(args.videos).is_dir():
+            raise FileNotFoundError(f"{args.videos}: no such folder; --videos names the one with the downloaded videos")
+        out = args.out or Path(args.segments).parent
+        extract(args.segments, args.videos, out, args.sample_rate, args.side, args.workers)
+    else:
+        folder = dataset_folder(args.data)
+        name = folder.name if folder.name in READERS else "audioset"
+        clips = [clip for clip in read_split(name, folder, args.split) if clip.audio]
+        front_end = FrontEnd(args.sample_rate, args.mels, args.frames)
+        mean, std, read = statistics(clips, front_end, args.workers)
+        print(f"{read} clips at {args.sample_rate} Hz, {args.mels} mel bins, {args.frames} frames:\n"
+              f"--mean {mean:.6f} --std {std:.6f}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"data.py: {error}")

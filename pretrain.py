@@ -47,10 +47,12 @@ from data import (
     FrontEnd,
     Unreadable,
     dataset_folder,
+    leave_out_audiocaps,
     load_image,
     make_toy,
     mask,
     read_index,
+    read_split,
 )
 from model import CLIP, LARS, VisionTransformer, info_nce, parameter_groups, schedule
 
@@ -68,6 +70,8 @@ class Settings:
     out: str = setting("", "folder of checkpoint and log; empty: out/<data>/pretrain", free=True)
     init: str = setting("clip", "start of the audio encoder: clip is vip-AnT, random is VA-Rand", ["clip", "random"])
     clip: str = setting("ViT-B/32", "one of OpenAI's names, or a path to weights")
+    leave_out: str = setting("data/audiocaps", "folder of AudioCaps' tables: its val and test clips are left out of "
+                             "training; none: train on them")
     vocab: str = setting(str(CACHE / VOCABULARY.rsplit("/", 1)[1]), "the tokenizer's vocabulary", free=True)
     seed: int = setting(0, "fixes weights, order, frames and masks")
     sample_rate: int = setting(FrontEnd.sample_rate, "Hz; audio is resampled to it")
@@ -96,8 +100,8 @@ class Settings:
 
 
 # The paper at half its scale: 64 mel bins, patch 16, overlapping by a quarter. Mean and std are the toy's own.
-TOY = Settings(data="toy", clip="out/toy/clip/clip.pt", vocab="data/toy/vocab.txt.gz", sample_rate=16_000, mels=64,
-               frames=100, mean=-2.21, std=3.51, stride_time=12, stride_mel=12, batch=64, epochs=9, warmup_epochs=0.5,
+TOY = Settings(data="toy", leave_out="none", clip="out/toy/clip/clip.pt", vocab="data/toy/vocab.txt.gz",
+               sample_rate=16_000, mels=64, frames=100, mean=-2.21, std=3.51, stride_time=12, stride_mel=12, batch=64, epochs=9, warmup_epochs=0.5,
                lr_weights=8.0, lr_biases=1e-2, workers=1, log_every=62)
 TOY_CLIP = replace(TOY, out="out/toy/clip", optimizer="adam", batch=128, epochs=5, warmup_epochs=0.3,
                    lr_weights=5e-4, lr_biases=5e-4, workers=0, log_every=62)
@@ -612,8 +616,8 @@ def train(learner, samples, settings, identity, validate, device):
 
 # ------------------------------------------------------------------------------------- stage 1
 
-def top1(queries, gallery, labels):
-    """Top-1 retrieval precision and recall in % where relevant means the same label *set* (§3.2.2).
+def top1_hits(queries, gallery, labels):
+    """Top-1 retrieval where relevant means the same label *set* (§3.2.2) -> precision, recall of each query (N,).
 
     queries, gallery: (N, D) unit vectors of the same N clips; labels: N collections of labels.
     """
@@ -621,8 +625,33 @@ def top1(queries, gallery, labels):
     kind = torch.tensor([kinds.setdefault(frozenset(label), len(kinds)) for label in labels])      # (N,)
     best = torch.cat([(part @ gallery.T).argmax(1) for part in queries.split(1024)])               # (N,)
     hit = (kind[best] == kind).float()
-    return {"precision@1": 100 * hit.mean().item(),
-            "recall@1": 100 * (hit / torch.bincount(kind)[kind]).mean().item()}
+    return hit, hit / torch.bincount(kind)[kind]
+
+
+def top1(queries, gallery, labels):
+    """The means of top1_hits in %."""
+    precision, recall = top1_hits(queries, gallery, labels)
+    return {"precision@1": 100 * precision.mean().item(), "recall@1": 100 * recall.mean().item()}
+
+
+def training_clips(folder, leave_out):
+    """The clips of a folder's training split that have frames, without those that AudioCaps tests with."""
+    listed = read_split("audioset", folder, "train")
+    clips = [clip for clip in listed if clip.audio and clip.frames]
+    if not clips:
+        raise ValueError(f"{folder}: not one of {len(listed)} clips has sound and frames; python data.py extract makes "
+                         f"them from videos")
+    if leave_out != "none":
+        kept, left_out = leave_out_audiocaps(clips, leave_out)
+        if ranks()[0] == 0 and left_out:
+            print(f"{folder}: {left_out} clips left out that AudioCaps' val and test sets hold ({leave_out})")
+        if not kept:
+            raise ValueError(f"{folder}: every clip is in AudioCaps' val or test set ({leave_out}); --leave-out none "
+                             f"trains on them")
+        clips = kept
+    if ranks()[0] == 0 and len(clips) < len(listed):
+        print(f"{folder}: {len(clips)} of {len(listed)} clips train")
+    return clips
 
 
 def second_frames(clips, bank):
@@ -674,8 +703,8 @@ def main():
     folder = dataset_folder(settings.data)
     out = settings.out or f"out/{folder.name}/pretrain{'-random' if settings.init == 'random' else ''}"
     settings = replace(settings, out=out)
-    clips = read_index(folder / "train.jsonl", need=("audio", "frames"))
-    val = read_index(folder / "val.jsonl", need=("audio", "frames", "labels"))
+    clips = training_clips(folder, settings.leave_out)
+    val = [clip for clip in read_split("audioset", folder, "val") if clip.frames]
     weights = cached(settings.clip) if settings.clip in MODELS else settings.clip
     clip = load_clip(weights, device)
 
