@@ -2,15 +2,19 @@
 import gzip
 import hashlib
 import http.server
+import importlib
 import json
 import os
 import pickle
+import sys
 import threading
+import types
 
 import pytest
 import torch
 
 import clip_load
+import evaluate
 from clip_load import (
     Tokenizer,
     audio_encoder_from_clip,
@@ -18,6 +22,7 @@ from clip_load import (
     load_clip,
     resize_positions,
 )
+from data import FrontEnd
 from model import CLIP
 
 
@@ -168,6 +173,76 @@ def test_a_pickle_that_wants_to_run_code_is_refused_and_nothing_runs(tmp_path):
     (tmp_path / "bare.pt").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(ValueError, match=r"bare\.pt"):
         load_clip(tmp_path / "bare.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def authors_file(path, encoder, clip, cfg):
+    """The authors' checkpoint: a pickled settings object beside four state dicts, the kernel with three channels."""
+    state = {}
+    for key, value in encoder.state_dict().items():
+        for ours, theirs in (("transformer.", "encoder."), ("ln_pre.", "pre_encoder.ln."), ("conv1.", "pre_encoder.conv1."),
+                             ("ln_post.", "post_encoder.ln."), ("proj", "post_encoder.proj"),
+                             ("positional_embedding", "misc.positional_embedding"),
+                             ("class_embedding", "misc.class_embedding")):
+            if key.startswith(ours):
+                state[theirs + key[len(ours):]] = value
+    three = state["pre_encoder.conv1.weight"].repeat(1, 3, 1, 1)
+    noise = torch.randn_like(three)
+    state["pre_encoder.conv1.weight"] = three + noise - noise.mean(1, keepdim=True)  # different channels, the same mean
+    image = {"post_encoder.proj": clip.visual.proj.half()}
+    torch.save({"cfg": cfg, "model": (image, state, {}, {"loss_head.logit_scale": torch.tensor(3.5)})}, path)
+
+
+@pytest.fixture
+def omegaconf(monkeypatch):
+    """A module of that name with a class whose objects pickle as OmegaConf's do; gone again when the file is read."""
+    module = types.ModuleType("omegaconf.dictconfig")
+    exec("class DictConfig:\n    def __init__(self): self.__dict__['_content'] = {'lr': 0.2}", vars(module))
+    module.DictConfig.__module__ = "omegaconf.dictconfig"
+    monkeypatch.setitem(sys.modules, "omegaconf", types.ModuleType("omegaconf"))
+    monkeypatch.setitem(sys.modules, "omegaconf.dictconfig", module)
+    return module.DictConfig
+
+
+def test_the_authors_checkpoint_gives_the_features_of_the_encoder_it_holds(
+        run, tmp_path, small_clip, world, omegaconf, monkeypatch):
+    clip = load_clip(small_clip)
+    encoder = clip_load.audio_encoder_from_clip(clip)
+    authors_file(tmp_path / "00071478.pth", encoder, clip, omegaconf())
+    monkeypatch.undo()
+    done = run("clip_load.py", "import-vipant", tmp_path / "00071478.pth", tmp_path / "out.pt", "--clip", small_clip,
+               "--vocab", world / "vocab.txt.gz")
+    assert "next: python evaluate.py" in done.stdout
+    model = evaluate.Model(tmp_path / "out.pt")
+    x = torch.randn(2, 1, 1000, 128)
+    assert torch.allclose(model.encoder(x), encoder(x), atol=1e-5) and model.log_scale == 3.5
+    assert model.front_end == FrontEnd(44_100, 128, 1000, -4.93839311, 5.75751113)
+    assert model.identity["row"] == "vip-AnT"
+
+
+def test_the_authors_checkpoint_needs_its_own_clip_and_its_own_form(tmp_path, small_clip):
+    clip = load_clip(small_clip)
+    authors_file(tmp_path / "a.pth", clip_load.audio_encoder_from_clip(clip), clip, {})
+    clip.visual.proj.data += 1
+    with pytest.raises(ValueError, match=r"a\.pth: was trained against another CLIP"):
+        clip_load.import_vipant(tmp_path / "a.pth", clip)
+    for content in ({"model": 3}, {"cfg": {}}, {"model": ({}, {"x": torch.zeros(1)}, {}, {})}, [1]):
+        torch.save(content, tmp_path / "b.pth")
+        with pytest.raises(ValueError, match=r"b\.pth: not a checkpoint of the authors'"):
+            clip_load.import_vipant(tmp_path / "b.pth", clip)
+
+
+@pytest.mark.parametrize("name", ["os.system", "builtins.eval", "builtins.getattr", "subprocess.Popen", "importlib.import_module"])
+def test_code_in_the_authors_checkpoint_is_refused_and_nothing_runs(tmp_path, small_clip, name):
+    module, function = name.rsplit(".", 1)
+
+    class Evil:
+        def __reduce__(self):
+            return getattr(importlib.import_module(module), function), (f"touch {tmp_path}/ran",)
+    clip = load_clip(small_clip)
+    authors_file(tmp_path / "evil.pth", clip_load.audio_encoder_from_clip(clip), clip, Evil())
+    with pytest.raises(ValueError, match=rf"evil\.pth.*{function}, which weights have no use for; refused"):
+        clip_load.import_vipant(tmp_path / "evil.pth", clip)
     assert not (tmp_path / "ran").exists()
 
 

@@ -20,9 +20,8 @@ from data import (
     make_toy,
     mask,
     preprocess_image,
-    read_clotho,
-    read_esc50,
     read_index,
+    read_split,
 )
 
 
@@ -42,7 +41,7 @@ def test_fbank_is_kaldis(sample_rate):
 
 
 def test_fbank_is_kaldis_on_every_recording(shared):
-    for clip in read_esc50(shared / "data/esc10"):
+    for clip in read_split("esc50", shared / "data/esc10"):
         for sample_rate in (44_100, 16_000):
             wave = load_audio(clip.audio, sample_rate)
             single, batch = fbank(wave[None], sample_rate), fbank(torch.stack([wave.flip(0), wave]), sample_rate)
@@ -183,18 +182,18 @@ def test_esc50_as_published(tmp_path):
     (tmp_path / "meta").mkdir()
     (tmp_path / "meta/esc50.csv").write_bytes(b"filename,fold,target,category,esc10,src_file,take\r\n"
                                               b"1-1-A-0.wav,1,0,dog,True,1,A\r\n5-2-A-12.ogg,5,12,crackling_fire,True,2,A\r\n")
-    first, second = read_esc50(tmp_path)
+    first, second = read_split("esc50", tmp_path)
     assert first.labels == ("dog",) and first.fold == 1
     assert second.labels == ("crackling fire",) and second.audio.endswith("audio/5-2-A-12.ogg") and second.fold == 5
     (tmp_path / "meta/esc50.csv").write_text("filename,category\na,b\n")
     with pytest.raises(ValueError, match=r"esc50\.csv:2: no fold"):
-        read_esc50(tmp_path)
+        read_split("esc50", tmp_path)
 
 
 def test_clotho_as_published(tmp_path):
     (tmp_path / "clotho_captions_evaluation.csv").write_text(
         'file_name,caption_1,caption_2,caption_3,caption_4,caption_5\nA b.wav,"Rain, then ""thunder""",2,3,4,5\n')
-    clip, = read_clotho(tmp_path)
+    clip, = read_split("clotho", tmp_path)
     assert clip.captions == ('Rain, then "thunder"', "2", "3", "4", "5") and clip.audio.endswith("evaluation/A b.wav")
 
 

@@ -1,16 +1,30 @@
 """Metrics by hand and against the authors' values; tasks through the command line on files as published."""
 import json
-import shutil
+import os
+import re
 
 import numpy as np
 import pytest
 import soundfile
 import torch
 from conftest import flat
+from PIL import Image
+from sklearn.metrics import average_precision_score
 
 from clip_load import audio_encoder_from_clip, fingerprint, load_clip
-from evaluate import retrieval_metrics, zero_shot
-from pretrain import save_checkpoint
+from evaluate import (
+    Model,
+    average_precision,
+    hear,
+    interval,
+    mean_average_precision,
+    paper_of,
+    pivotability,
+    retrieval_metrics,
+    windows,
+    zero_shot,
+)
+from pretrain import save_checkpoint, top1_hits
 
 
 def test_recall_by_hand():
@@ -50,13 +64,80 @@ def test_recall_refuses_a_wrong_number_of_captions():
         retrieval_metrics(torch.ones(2, 4), torch.ones(9, 4))
 
 
-def test_zero_shot_accuracy_by_hand():
-    """Fold 1 is right once in two, fold 2 always: 2/3 over all clips, 75 ± 35.4 over folds."""
+def test_zero_shot_by_hand():
     audio = torch.tensor([[1.0, 0.1], [1.0, 0.2], [0.1, 1.0]])
-    result = zero_shot(audio, torch.eye(2), torch.tensor([0, 1, 1]), torch.tensor([1, 1, 2]))
-    assert result["accuracy"] == pytest.approx(200 / 3)
-    assert result["fold_accuracy"] == [50, 100] and result["fold_mean"] == 75
-    assert result["fold_std"] == pytest.approx(35.355, abs=1e-3)
+    assert zero_shot(audio, torch.eye(2), torch.tensor([0, 1, 1])).tolist() == [1, 0, 1]
+
+
+def test_average_precision_by_hand():
+    """Class 0: positives at ranks 1 and 3 of 4, so (1/1 + 2/3) / 2. Class 1: all scores alike, so its share. Class 2: none."""
+    scores = torch.tensor([[0.9, 0.5, 0.1], [0.8, 0.5, 0.2], [0.7, 0.5, 0.3], [0.6, 0.5, 0.4]])
+    target = torch.tensor([[1, 1, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0]]).bool()
+    precision = average_precision(scores, target)
+    assert precision[:2].tolist() == pytest.approx([5 / 6, 1 / 4]) and precision[2].isnan()
+    value, _ = mean_average_precision(scores, target)
+    assert value[0] == pytest.approx(100 * (5 / 6 + 1 / 4) / 2)  # over the two classes that have a clip
+
+
+def test_average_precision_is_scikit_learns():
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(300, 12)).round(1)  # rounded: many ties
+    target = rng.uniform(size=(300, 12)) < np.linspace(0.01, 0.9, 12)
+    weights = rng.integers(0, 4, 300)
+    ours = average_precision(torch.tensor(scores), torch.tensor(target))
+    weighted = average_precision(torch.tensor(scores), torch.tensor(target), torch.tensor(weights))
+    for k in range(12):
+        assert ours[k].item() == pytest.approx(average_precision_score(target[:, k], scores[:, k]), abs=1e-5)
+        theirs = average_precision_score(target[:, k], scores[:, k], sample_weight=weights)
+        assert weighted[k].item() == pytest.approx(theirs, abs=1e-5)
+
+
+def test_pivotability_by_hand():
+    """Two clips, two images, ten captions on a line. Image 0 leads to captions 0, 1, 2, 5, 6, image 1 to 5 … 9."""
+    images = torch.eye(2)
+    captions = torch.tensor([[0.9, 0.0], [0.8, 0.0], [0.7, 0.0], [0.0, 0.1], [0.0, 0.1],
+                             [0.6, 0.9], [0.5, 0.8], [0.0, 0.7], [0.0, 0.6], [0.0, 0.5]])
+    audio = torch.tensor([[1.0, 0.0], [0.8, 0.6]])  # both nearest to image 0
+    assert pivotability(audio, images, captions, 1).tolist() == pytest.approx([3 / 5, 2 / 5])
+    assert pivotability(audio, images, captions, 2).tolist() == pytest.approx([3 / 5, 1])  # 5 and 6 found twice, counted once
+
+
+def test_label_sets_by_hand():
+    """Three clips, the first two with the same labels in another order: either is right for the other."""
+    gallery = torch.eye(3)
+    hit, share = top1_hits(gallery[[1, 2, 2]], gallery, [["dog", "rain"], ["rain", "dog"], ["dog"]])
+    assert hit.tolist() == [1, 0, 1] and share.tolist() == [0.5, 0, 1]
+
+
+def test_interval_by_hand():
+    """Resampled by hand from the same draws; and of 400 fair coins it is 50 ± 1.96·√(0.25/400)."""
+    values = torch.tensor([1.0, 0.0, 0.0, 1.0])
+    drawn = torch.randint(4, (1000, 4), generator=torch.Generator().manual_seed(0))
+    by_hand = np.quantile(values[drawn].mean(1), [0.025, 0.975])
+    assert interval(values) == pytest.approx([50, *(100 * by_hand)])
+    mean, low, high = interval(torch.arange(400) % 2)
+    assert mean == 50 and low == pytest.approx(50 - 4.9, abs=0.7) and high == pytest.approx(50 + 4.9, abs=0.7)
+    assert interval(torch.ones(7)) == pytest.approx([100, 100, 100])
+
+
+def test_the_interval_of_a_map_covers_the_truth():
+    """The mAP of 50,000 clips lies within nearly every interval that 2,000 of them give; resampled mAPs lie above it."""
+    def world(clips, seed):
+        rng = np.random.default_rng(seed)
+        target = torch.tensor(rng.uniform(size=(clips, 20)) < 0.02)
+        return torch.tensor(rng.normal(size=(clips, 20))) + 1.5 * target, target
+
+    truth = 100 * average_precision(*world(50_000, 99)).mean().item()
+    intervals = [mean_average_precision(*world(2000, seed))[0] for seed in range(10)]
+    assert all(low < value < high for value, low, high in intervals)
+    assert sum(low <= truth <= high for _, low, high in intervals) >= 8  # a plain percentile interval: about 2
+
+
+def test_what_the_paper_reports():
+    assert paper_of("+AT GC", "audiocaps") == {"no prompt": {"t2a_r1": 27.7, "t2a_r10": 78.0, "a2t_r1": 34.3, "a2t_r10": 79.7}}
+    assert paper_of("vip-AnT", "clotho 10 s")["no prompt"]["a2t_r10"] == 23.7
+    assert paper_of("vip-AnT", "esc50") == {"prompt": {"accuracy": 57.1}, "no prompt": {"accuracy": 49.9}}
+    assert paper_of("vip-AnT", "va") == {}
 
 
 @pytest.fixture
@@ -69,7 +150,8 @@ def checkpoint(small_clip, world, tmp_path):
         save_checkpoint(path, {
             "stage": stage, "step": 1, "steps": 1, "settings": {"init": "clip"}, "encoder": encoder.config,
             "front_end": {"sample_rate": sample_rate, "mels": mels, "frames": frames, "mean": -4.0, "std": 4.0},
-            "learner": {f"audio_encoder.{key}": value for key, value in encoder.state_dict().items()},
+            "learner": {f"audio_encoder.{key}": value for key, value in encoder.state_dict().items()}
+                       | {"log_scale": torch.tensor(3.0)},
             "clip": {"weights": str(clip), "vocab": str(vocab), "fingerprint": fingerprint(weights)}})
         return path
     return write
@@ -91,18 +173,27 @@ def esc(tmp_path):
 
 def test_esc50_from_a_checkpoint(run, checkpoint, esc):
     path = checkpoint(frames=500)
-    done = run("evaluate.py", "--task", "esc50", "--data", esc, "--checkpoint", path)
-    result = json.loads(path.with_name("esc50.json").read_text())["results"]["zero-shot labels"]
-    assert result["N"] == 9 and result["unreadable"] == 1 and result["chance"] == 50
-    assert len(result["prompt"]["fold_accuracy"]) == 5 and "1-0-A-0.wav: can't be read" in done.stderr
-    assert f"{result['no prompt']['accuracy']:.1f}" in done.stdout
+    done = run("evaluate.py", "--task", "esc50", "--data", esc, "--checkpoint", path,
+               "--list-missing", path.parent / "missing.txt")
+    saved = json.loads(path.with_name("model_500.esc50.json").read_text())
+    result, missing = saved["results"]["esc50"], path.parent / "missing.txt"
+    assert result["protocol"]["N"] == 9 and result["protocol"]["missing"] == ["1-0-A-0.wav"]
+    assert result["chance"] == {"accuracy": 50} and saved["model"]["weights"] and missing.read_text() == "1-0-A-0.wav\n"
+    value, low, high = result["values"]["no prompt"]["accuracy"]
+    assert low <= value <= high and f"{value:.1f} [{low:.1f}, {high:.1f}]" in done.stdout
+    folds, classes = result["by fold"]["prompt"], result["by class"]["prompt"]
+    assert len(folds) == 5 and f"{np.mean(folds):.1f} ± {np.std(folds, ddof=1):.1f}" in done.stdout
+    assert 4 * classes["dog"] + 5 * classes["crackling fire"] == pytest.approx(9 * result["values"]["prompt"]["accuracy"][0])
+    assert "57.1" in done.stdout and "paper: vip-AnT, on 2000 clips" in done.stdout  # as published: the paper's beside it
+    with Image.open(path.with_name("esc50_classes.png")) as chart:
+        assert chart.width > 300
 
 
 def test_esc50_does_not_depend_on_rank_count(run, checkpoint, esc):
     path, results = checkpoint(frames=500), []
     for ranks in (1, 2):
         run("evaluate.py", "--task", "esc50", "--data", esc, "--checkpoint", path, ranks=ranks)
-        results.append(json.loads(path.with_name("esc50.json").read_text())["results"])
+        results.append(json.loads(path.with_name("model_500.esc50.json").read_text())["results"])
     assert results[0] == results[1]
 
 
@@ -110,9 +201,10 @@ def test_the_400_real_recordings(run, checkpoint, shared):
     """Every recording is heard, in its fold, by an encoder with the paper's front end (and random weights)."""
     path = checkpoint(sample_rate=44_100, mels=128, frames=1000)
     run("evaluate.py", "--task", "esc50", "--data", shared / "data/esc10", "--checkpoint", path)
-    result = json.loads(path.with_name("esc50.json").read_text())["results"]["zero-shot labels"]
-    assert result["N"] == 400 and result["unreadable"] == 0 and result["classes"] == 10 and result["chance"] == 10
-    assert len(result["prompt"]["fold_accuracy"]) == 5
+    result = json.loads(path.with_name("model_1000.esc50.json").read_text())["results"]["esc50"]
+    assert result["protocol"]["N"] == 400 and result["protocol"]["unreadable"] == 0
+    assert result["protocol"]["classes"] == 10 and result["chance"] == {"accuracy": 10}
+    assert len(result["by fold"]["prompt"]) == 5
 
 
 def test_a_front_end_that_does_not_fit_is_refused(run, checkpoint, esc):
@@ -149,16 +241,151 @@ def test_clotho_is_retrieved_both_ways(run, checkpoint, tmp_path):
     (folder / "clotho_captions_evaluation.csv").write_text(text)
     path = checkpoint(frames=1000)
     done = run("evaluate.py", "--task", "clotho", "--data", folder, "--checkpoint", path)
-    result = json.loads(path.with_name("clotho.json").read_text())["results"]["audio-text"]
-    assert result["N"] == 6 and result["captions_per_clip"] == 5 and result["t2a_r10"] == 100.0
-    assert "median rank" in done.stdout
+    results = json.loads(path.with_name("model_1000.clotho.json").read_text())["results"]
+    assert list(results) == ["clotho 10 s", "clotho 18 s"]
+    assert [result["protocol"]["seconds"] for result in results.values()] == [10, 18]
+    for result in results.values():
+        assert result["protocol"]["N"] == 6 and result["protocol"]["captions a clip"] == 5
+        assert set(result["values"]) == {"prompt", "no prompt"} and result["values"]["prompt"]["t2a_r10"][0] == 100.0
+    assert "median rank" in done.stdout and "23.7" in done.stdout and "25.6" in done.stdout  # the paper's at 10 and 18 s
 
 
 def test_the_whole_line_from_pretraining_to_the_toys_table(run, pretrain_flags, world, tmp_path, small_clip):
     """pretrain.py's checkpoint is read by evaluate.py, with the chance level in the table."""
-    run("pretrain.py", *flat(pretrain_flags | {"--epochs": 1}))
+    run("pretrain.py", *flat(pretrain_flags | {"--epochs": 1, "--frames": 100}))
     done = run("evaluate.py", "--task", "toy", "--data", world, "--checkpoint", pretrain_flags["--out"] / "checkpoint.pt")
     results = json.loads((pretrain_flags["--out"] / "toy.json").read_text())
-    assert results["results"]["audio-text"]["N"] == 24 and results["model"]["init"] == "clip"
+    assert results["results"]["audio-text"]["protocol"]["N"] == 24 and results["model"]["init"] == "clip"
     assert done.stdout.count("chance") == 3
-    shutil.rmtree(pretrain_flags["--out"])
+
+
+def test_every_task_on_one_folder_and_two_checkpoints_side_by_side(run, checkpoint, world, tmp_path):
+    """All tasks read an index too; what two models give stands in one table, and in a JSON each."""
+    one, two = checkpoint(frames=100), checkpoint(frames=120)
+    done = run("evaluate.py", "--task", "all", "--data", world, "--compare", one, two)
+    results = json.loads(one.with_name("model_100.all.json").read_text())
+    assert list(results["results"]) == ["audiocaps", "clotho 1 s", "clotho 1.8 s", "esc50", "us8k", "audioset", "va",
+                                        "oracle", "pivot"] and not results["not measured"]
+    table = done.stdout[done.stdout.rindex("  %"):]
+    assert "model_100" in table and "model_120" in table and "paper" not in table  # the toy is in no paper
+    assert "clotho 1.8 s, audio -> text R@1" in table and "clotho 1.2 s" in table
+    oracle = [json.loads(path.with_name(f"{path.stem}.all.json").read_text())["results"]["oracle"] for path in (one, two)]
+    assert oracle[0] == oracle[1]  # frames stand for sounds, so the encoder does not matter
+    categories = results["results"]["pivot"]["categories"]
+    pivotable = results["results"]["pivot"]["values"][""]["pivotable"][0]
+    assert sum(categories.values()) == round(pivotable * 24 / 100)  # each toy clip has one label
+
+
+def test_all_measures_what_is_on_disk_and_says_what_is_not(run, checkpoint, esc, tmp_path, monkeypatch):
+    path = checkpoint(frames=1000)
+    (tmp_path / "there/data").mkdir(parents=True)
+    esc.rename(tmp_path / "there/data/esc50")
+    monkeypatch.chdir(tmp_path / "there")
+    done = run("evaluate.py", "--task", "all", "--checkpoint", path)
+    saved = json.loads(path.with_name("model_1000.all.json").read_text())
+    assert list(saved["results"]) == ["esc50"] and len(saved["not measured"]) == 7
+    assert "clotho: not measured. data/clotho: no such folder. Clotho: download" in done.stdout
+    assert "esc50, accuracy, prompt" in done.stdout and "paper: vip-AnT" in done.stdout
+
+
+def test_clips_with_different_numbers_of_captions_are_refused(run, checkpoint, world, tmp_path):
+    rows = [json.loads(line) for line in (world / "test.jsonl").read_text().splitlines()]
+    rows[3]["captions"].pop()
+    for row in rows:
+        row |= {"audio": str(world / row["audio"])}
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run("evaluate.py", "--task", "audiocaps", "--data", tmp_path / "own", "--checkpoint", checkpoint(), check=False)
+    assert done.returncode == 1 and "clip test_3 has 4 captions, clip test_0 has 5" in done.stderr
+
+
+def test_audioset_as_published_is_scored_over_its_classes(run, checkpoint, tmp_path):
+    """Four classes, one of them without a clip; a clip counts for each of its labels; one clip is missing."""
+    folder, rng, ids = tmp_path / "audioset", np.random.default_rng(0), [f"clip_{i:06d}" for i in range(5)]
+    folder.mkdir()
+    (folder / "class_labels_indices.csv").write_text(
+        "index,mid,display_name\n" + "".join(f'{i},/m/{i},"thing {i}"\n' for i in range(4)))
+    labels = ["/m/0", "/m/0,/m/1", "/m/1", "/m/2", "/m/3"]
+    (folder / "eval_segments.csv").write_text("#\n#\n# YTID\n" + "".join(
+        f'{name}, 0.000, 10.000, "{label}"\n' for name, label in zip(ids, labels)))
+    for name in ids[:4]:
+        soundfile.write(folder / f"{name}.wav", rng.uniform(-1, 1, 10 * 8000), 8000)
+    path = checkpoint(frames=1000)
+    run("evaluate.py", "--task", "audioset", "--data", folder, "--checkpoint", path)
+    result = json.loads(path.with_name("model_1000.audioset.json").read_text())["results"]["audioset"]
+    assert result["protocol"]["N"] == 4 and result["protocol"]["missing"] == ["clip_000004_0"]
+    assert result["protocol"]["classes"] == 4 and result["protocol"]["classes without a clip"] == 1
+    by_class = result["by class"]["no prompt"]
+    assert set(by_class) == {"thing 0", "thing 1", "thing 2"}
+    assert result["values"]["no prompt"]["map"][0] == pytest.approx(np.mean(list(by_class.values())))
+    assert result["chance"]["map"] == pytest.approx(100 * 5 / 12)  # five of 4 × 3 pairs are true
+
+
+# ---------------------------------------------------------------------------- a user's own sounds
+
+@pytest.fixture
+def recordings(tmp_path):
+    """A folder of recordings: 3.3 s, one shorter than a window, one silent in between, and two that are none."""
+    folder, rng = tmp_path / "recordings", np.random.default_rng(0)
+    (folder / "deep").mkdir(parents=True)
+    soundfile.write(folder / "long.wav", rng.uniform(-1, 1, 26_400), 8000)
+    soundfile.write(folder / "deep/short.flac", rng.uniform(-1, 1, 4000), 8000)
+    soundfile.write(folder / "pause.wav", rng.uniform(-1, 1, 24_000) * (np.arange(24_000) // 8000 != 1), 8000)
+    (folder / "broken.wav").write_text("not a sound")
+    (folder / "notes.txt").write_text("not a sound either")
+    return folder
+
+
+def test_windows_overlap_by_half_and_the_last_ends_with_the_recording(recordings):
+    assert windows(recordings / "long.wav", 1.0) == pytest.approx([0, 0.5, 1, 1.5, 2, 2.3])
+    assert windows(recordings / "deep/short.flac", 1.0) == [0.0]
+
+
+def test_search_answers_with_file_and_time_and_hears_each_file_once(run, checkpoint, recordings):
+    command = ("evaluate.py", "--task", "search", "--audio", recordings, "--query", "a deep hum", "glass, breaking",
+               "--checkpoint", checkpoint(), "--top", "3")
+    first = run(*command)
+    assert "skipped: " in first.stderr and "broken.wav" in first.stderr and "notes.txt" not in first.stderr
+    for query in ("a deep hum", "glass, breaking"):
+        answers = [line.split() for line in first.stdout.split(f"\n{query}\n")[1].splitlines()[:3]]
+        cosines = [float(cosine) for cosine, *_ in answers]
+        assert cosines == sorted(cosines, reverse=True) and all(path.startswith(str(recordings)) for *_, path in answers)
+        assert len({(path, span) for _, span, path in answers}) == 3
+    kept = {path: path.stat().st_mtime_ns for path in (recordings.parent / "heard").iterdir()}
+    assert len(kept) == 3
+    assert run(*command).stdout == first.stdout
+    assert kept == {path: path.stat().st_mtime_ns for path in (recordings.parent / "heard").iterdir()}
+    soundfile.write(recordings / "deep/short.flac", np.random.default_rng(1).uniform(-1, 1, 4000), 8000)
+    assert run(*command).stdout != first.stdout  # a file that changed is heard anew
+
+
+def test_the_window_that_sounds_is_found_where_it_is(recordings, checkpoint):
+    """An embedding of a stretch of the long file, as a query, leads to that stretch and file."""
+    model = Model(checkpoint())
+    heard = {os.path.basename(path): (starts, rows) for path, starts, rows in
+             hear(model, [str(recordings / name) for name in ("long.wav", "deep/short.flac", "pause.wav")],
+                  recordings.parent / "heard")}
+    starts, rows = heard["long.wav"]
+    wave, length = model.front_end.load(recordings / "long.wav", 1.5)
+    alone = model.encoder(model.front_end(wave[None], torch.tensor([length])))
+    assert starts[(rows @ alone[0]).argmax()] == 1.5 and rows.shape == (6, 32)
+    assert len(heard["pause.wav"][0]) == 5  # its silent second included
+
+
+def test_tag_gives_shares_of_the_labels(run, checkpoint, recordings):
+    done = run("evaluate.py", "--task", "tag", "--audio", recordings / "long.wav", "--labels", "dog, rain ,car horn",
+               "--checkpoint", checkpoint())
+    lines = [line for line in done.stdout.splitlines() if "%" in line]
+    assert len(lines) == 6 and lines[-1].startswith("  0:02.3-0:03.3")
+    for line in lines:
+        shares = re.findall(r"(dog|rain|car horn) (\d+) %", line)
+        assert sum(int(share) for _, share in shares) == pytest.approx(100, abs=1) and len(shares) == 3
+
+
+def test_search_without_sounds_or_words_says_so(run, checkpoint, tmp_path):
+    done = run("evaluate.py", "--task", "search", "--audio", tmp_path, check=False)
+    assert done.returncode == 2 and "--task search needs --audio and --query" in done.stderr
+    (tmp_path / "empty").mkdir()
+    done = run("evaluate.py", "--task", "search", "--audio", tmp_path / "empty", "--query", "x", "--checkpoint",
+               checkpoint(), check=False)
+    assert done.returncode == 1 and "no audio file in it" in done.stderr
