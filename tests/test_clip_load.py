@@ -197,8 +197,8 @@ def authors_file(path, encoder, clip, cfg):
 def omegaconf(monkeypatch):
     """A module of that name with a class whose objects pickle as OmegaConf's do; gone again when the file is read."""
     module = types.ModuleType("omegaconf.dictconfig")
-    exec("class DictConfig:\n    def __init__(self): self.__dict__['_content'] = {'lr': 0.2}", vars(module))
-    module.DictConfig.__module__ = "omegaconf.dictconfig"
+    module.DictConfig = type("DictConfig", (), {"__module__": module.__name__, "__init__": lambda self: vars(self).update(
+        _content={"lr": 0.2}, _metadata=None)})
     monkeypatch.setitem(sys.modules, "omegaconf", types.ModuleType("omegaconf"))
     monkeypatch.setitem(sys.modules, "omegaconf.dictconfig", module)
     return module.DictConfig
