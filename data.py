@@ -207,6 +207,7 @@ class Clip:
     labels: tuple = ()
     captions: tuple = ()
     fold: int = 0           # of a dataset with published folds, from 1
+    easy: bool = False      # in ESC-10, the easier part of ESC-50
 
 
 HOW_TO_GET = {
@@ -317,7 +318,7 @@ def read_csv(path, need):
 def read_esc50(folder, split="test"):
     """ESC-50 (or ESC-10) as published -> list of Clip with one label and a fold; underscores become spaces."""
     return [Clip(row["filename"], str(folder / "audio" / row["filename"]), labels=(row["category"].replace("_", " "),),
-                 fold=int(row["fold"]) if row["fold"].isdigit() else 0)
+                 fold=int(row["fold"]) if row["fold"].isdigit() else 0, easy=row.get("esc10") == "True")
             for row in read_csv(folder / "meta" / "esc50.csv", ("filename", "fold", "category"))]
 
 
@@ -766,11 +767,15 @@ THINGS = [(shape, colour, count) for shape in SHAPES for colour in COLOURS for c
 TOY_RATE, TOY_IMAGE = 16_000, 64  # Hz, pixels
 
 
+def plural(shape, count):
+    return shape if count == 1 else shape + "es" if shape == "cross" else shape + "s"
+
+
 def vision_caption(thing, size, dark, rng):
     """A caption as people write them for pictures: "two small red triangles"."""
     shape, colour, count = thing
     number = list(COUNTS)[count - 1]
-    shapes = shape if count == 1 else shape + "es" if shape == "cross" else shape + "s"
+    shapes = plural(shape, count)
     background = "dark" if dark else "bright"
     return str(rng.choice([f"{number} {size} {colour} {shapes}", f"a photo of {number} {colour} {shapes}",
                            f"{colour} {shapes} , {number} of them , on a {background} background",
@@ -861,19 +866,20 @@ def make_toy_clip(job, folder, seed):
     row["audio"] = f"audio/{split}_{i}.wav"
     soundfile.write(folder / row["audio"], sound_thing(thing, loudness, rng), TOY_RATE, subtype="PCM_16")
     row["labels"] = [f"{COLOURS[thing[1]][1]} {SHAPES[thing[0]]}"]
-    if held_out:
-        row["captions"] = audio_captions(thing, loudness > 0.5)
+    row["captions"] = audio_captions(thing, loudness > 0.5)
     return row
 
 
 TOY_SPLITS = {"pairs": 8000, "train": 4000, "val": 144, "test": 144}
+TOY_GOLD = 1000  # training clips that gold.jsonl has a caption for
 
 
 def make_toy(folder, seed=0, splits=TOY_SPLITS, workers=2):
     """The toy world as files under `folder`, in the index format that AudioSet is read in.
 
     pairs.jsonl: image-caption pairs for the toy's CLIP, no sound. train.jsonl: clips without any caption.
-    val.jsonl, test.jsonl: each of the 144 things once, with 5 captions.
+    gold.jsonl: some of those with one caption each, what AudioCaps is to AudioSet. ac.txt, vc.txt, fc.txt: captions
+    without clips. val.jsonl, test.jsonl: each of the 144 things once, with 5 captions.
     """
     folder = Path(folder)
     partial_folder = folder.with_name(folder.name + ".partial")
@@ -885,9 +891,35 @@ def make_toy(folder, seed=0, splits=TOY_SPLITS, workers=2):
                      total=len(jobs), desc="toy world", unit=" clips"))
     for split in splits:
         with open(partial_folder / f"{split}.jsonl", "w") as file:
-            file.writelines(json.dumps(row) + "\n" for row, job in zip(rows, jobs) if job[0] == split)
+            for row in (row for row, job in zip(rows, jobs) if job[0] == split):
+                shown = {key: value for key, value in row.items() if (split, key) != ("train", "captions")}
+                file.write(json.dumps(shown) + "\n")
+    rng = np.random.default_rng((seed, 1))
+    with open(partial_folder / "gold.jsonl", "w") as file:
+        for row, (split, i) in zip(rows, jobs):
+            if split == "train" and i < TOY_GOLD:
+                file.write(json.dumps(row | {"captions": [str(rng.choice(row["captions"]))]}) + "\n")
+    write_toy_pools(partial_folder, rng)
     write_toy_vocabulary(partial_folder / "vocab.txt.gz")
     os.replace(partial_folder, folder)
+
+
+def write_toy_pools(folder, rng):
+    """Captions without their clips, as curate.py mines them: of sounds (ac), of pictures (vc), made up (fc)."""
+    things = [THINGS[i] for i in rng.integers(len(THINGS), size=2000)]
+    sounds = [str(rng.choice(audio_captions(thing, rng.uniform() < 0.5))) for thing in things]
+    pictures = [vision_caption(thing, rng.choice(["small", "large"]), rng.uniform() < 0.5, rng) for thing in things]
+    made_up = [free_caption(rng) for _ in things]
+    for name, captions in (("ac", sounds), ("vc", pictures), ("fc", made_up)):
+        (folder / f"{name}.txt").write_text("".join(f"{caption}\n" for caption in captions))
+
+
+def free_caption(rng):
+    """What a language model that has read captions of pictures might write: their words, put together anew."""
+    one, other = (THINGS[i] for i in rng.integers(len(THINGS), size=2))
+    first, second = (f"{list(COUNTS)[count - 1]} {colour} {plural(shape, count)}" for shape, colour, count in (one, other))
+    return str(rng.choice([f"{first} and {second}", f"a picture of {first}", f"{first} next to {second}",
+                           f"there are {first} , {rng.choice(['small', 'large'])} and {other[1]}"]))
 
 
 def write_toy_vocabulary(path):
@@ -896,6 +928,7 @@ def write_toy_vocabulary(path):
     for thing in THINGS:
         texts = [vision_caption(thing, size, dark, rng)
                  for size in ("small", "large") for dark in (0, 1) for _ in range(9)]
+        texts += [free_caption(rng) for _ in range(9)]
         words.update(" ".join(texts + audio_captions(thing, True) + audio_captions(thing, False)).split())
     merges = dict.fromkeys((word[:i], word[i] + ("</w>" if i == len(word) - 1 else ""))
                            for word in sorted(words) for i in range(1, len(word)))

@@ -64,14 +64,10 @@ def setting(default, help, choices=None, free=False):
 
 
 @dataclass(frozen=True)
-class Settings:
-    """The paper's VA pre-training (Table 5); the command line is derived from this."""
-    data: str = setting("audioset", "toy, or a folder (audioset means data/audioset) with train.jsonl and val.jsonl")
-    out: str = setting("", "folder of checkpoint and log; empty: out/<data>/pretrain", free=True)
-    init: str = setting("clip", "start of the audio encoder: clip is vip-AnT, random is VA-Rand", ["clip", "random"])
+class Training:
+    """What every training has to settle; defaults are the paper's VA pre-training (Table 5)."""
+    out: str = setting("", "folder of checkpoint and log; empty: named after what is trained", free=True)
     clip: str = setting("ViT-B/32", "one of OpenAI's names, or a path to weights")
-    leave_out: str = setting("data/audiocaps", "folder of AudioCaps' tables: its val and test clips are left out of "
-                             "training; none: train on them")
     vocab: str = setting(str(CACHE / VOCABULARY.rsplit("/", 1)[1]), "the tokenizer's vocabulary", free=True)
     seed: int = setting(0, "fixes weights, order, frames and masks")
     sample_rate: int = setting(FrontEnd.sample_rate, "Hz; audio is resampled to it")
@@ -98,6 +94,27 @@ class Settings:
     def front_end(self):
         return FrontEnd(self.sample_rate, self.mels, self.frames, self.mean, self.std)
 
+    def lr_factor(self, step, steps_per_epoch):
+        """Factor on the peak learning rates at a step."""
+        return schedule(step, self.epochs * steps_per_epoch, self.warmup_epochs * steps_per_epoch)
+
+    def check(self, names=("batch", "epochs", "log_every", "save_every", "frames", "mels")):
+        """Raises ValueError for numbers that can't be: not positive, a batch that the ranks can't share."""
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        if self.batch % ranks()[1]:
+            raise ValueError(f"--batch {self.batch} can't be split over {ranks()[1]} ranks")
+
+
+@dataclass(frozen=True)
+class Settings(Training):
+    """VA pre-training; the command line is derived from this."""
+    data: str = setting("audioset", "toy, or a folder (audioset means data/audioset) with train.jsonl and val.jsonl")
+    init: str = setting("clip", "start of the audio encoder: clip is vip-AnT, random is VA-Rand", ["clip", "random"])
+    leave_out: str = setting("data/audiocaps", "folder of AudioCaps' tables: its val and test clips are left out of "
+                             "training; none: train on them")
+
 
 # The paper at half its scale: 64 mel bins, patch 16, overlapping by a quarter. Mean and std are the toy's own.
 TOY = Settings(data="toy", leave_out="none", clip="out/toy/clip/clip.pt", vocab="data/toy/vocab.txt.gz",
@@ -109,13 +126,14 @@ PRESETS = {"toy": TOY}
 
 
 def parse(defaults, presets, argv=None, description=None):
-    """Command line -> settings. `--data NAME` picks a preset, other flags override it; an unknown flag fails."""
+    """Command line -> settings. --head or --data may name a preset; other flags override it; unknown ones fail."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     for f in fields(defaults):
         parser.add_argument("--" + f.name.replace("_", "-"), type=type(f.default), choices=f.metadata["choices"],
                             default=argparse.SUPPRESS, help=f"{f.metadata['help']} ({f.default})".replace("%", "%%"))
     given = vars(parser.parse_args(argv))
-    return replace(presets.get(given.get("data"), defaults), **given)
+    chosen = [presets[given[name]] for name in ("head", "data") if given.get(name) in presets]
+    return replace((chosen or [defaults])[0], **given)
 
 
 # --------------------------------------------------------------------------------------- ranks
@@ -189,8 +207,8 @@ def split_readable(samples):
 
 
 @torch.no_grad()
-def embed(items, read, encode, out, state, device, workers, description=None, batch=128):
-    """Fill out (M, D) with unit embeddings of items; state (M,) becomes 1 where embedded, 2 where unreadable.
+def embed(items, read, encode, out, state, device, workers, description=None, batch=128, unit=True):
+    """Fill out (M, D) with embeddings of items, of length 1 if `unit`; state (M,) becomes 1, or 2 where unreadable.
 
     Rows whose state is not 0 are done already. The ranks share the rest. read(item) -> tensor(s), in worker
     processes; encode(tensors) -> (B, D). With a description there is a progress bar.
@@ -205,7 +223,8 @@ def embed(items, read, encode, out, state, device, workers, description=None, ba
             if rows:
                 tensors = tensors if isinstance(tensors, (tuple, list)) else [tensors]
                 features = encode(*(tensor.to(device) for tensor in tensors))                # (B, D)
-                out[rows] = F.normalize(features.float(), dim=1).cpu().numpy()
+                features = F.normalize(features.float(), dim=1) if unit else features.float()
+                out[rows] = features.cpu().numpy()
                 state[rows] = 1
             for row, reason in zip(bad, reasons):
                 state[row] = 2
@@ -213,10 +232,10 @@ def embed(items, read, encode, out, state, device, workers, description=None, ba
             bar.update(len(rows) + len(bad))
 
 
-def embed_all(items, read, encode, dimensions, device, workers=0, description=None):
-    """Unit embeddings of items in memory, the same on every rank: (N, D) float32, (N,) bool readable."""
+def embed_all(items, read, encode, dimensions, device, workers=0, description=None, unit=True):
+    """Embeddings of items in memory, the same on every rank: (N, D) float32, (N,) bool readable."""
     out, state = np.zeros((len(items), dimensions), np.float32), np.zeros(len(items), np.uint8)
-    embed(items, read, encode, out, state, device, workers, description)
+    embed(items, read, encode, out, state, device, workers, description, unit=unit)
     out, state = torch.from_numpy(out).to(device), torch.from_numpy(state).to(device)
     if dist.is_initialized():
         dist.all_reduce(out)
@@ -243,36 +262,47 @@ class Bank:
         return torch.from_numpy(self.embeddings[rng.choice(self.of(clip))].astype(np.float32))
 
 
-def frame_bank(folder, clips, clip, device, workers):
-    """Bank of CLIP's embeddings of all frames of all clips, kept in `folder`.
+def stored(folder, made_of, items, read, encode, dimensions, device, workers=0):
+    """Unit embeddings of items kept in `folder` -> path of the file, (M, D) fp16, and which rows could be made (M,).
 
-    Built once; reused when weights and files are the same (names, sizes, times), carried on with when a build
-    was cut short, made anew otherwise. Raises ValueError where over 1 % of the clips have no readable frame.
+    Built once; reused when made of the same (`made_of`: dict of what decides the content), carried on with when a
+    build was cut short, made anew otherwise.
     """
-    folder, frames = Path(folder), [frame for c in clips for frame in c.frames]
+    folder = Path(folder)
     embeddings, state, note = folder / "embeddings.npy", folder / "state.npy", folder / "bank.json"
     if ranks()[0] == 0:
-        digest = hashlib.sha256(f"{fingerprint(clip)} {clip.image_size}".encode())
-        for frame in frames:
-            stat = os.stat(frame) if os.path.exists(frame) else None
-            digest.update(f"{frame} {stat and (stat.st_size, stat.st_mtime_ns)}\n".encode())
-        made_of = json.dumps({"made_of": digest.hexdigest(), "frames": len(frames), "clips": len(clips)})
+        made_of = json.dumps(made_of)
         if not note.exists() or note.read_text() != made_of:
             folder.mkdir(parents=True, exist_ok=True)
             note.unlink(missing_ok=True)
-            np.lib.format.open_memmap(embeddings, "w+", np.float16, (len(frames), clip.visual.proj.shape[1]))
-            np.lib.format.open_memmap(state, "w+", np.uint8, (len(frames),))
+            np.lib.format.open_memmap(embeddings, "w+", np.float16, (len(items), dimensions))
+            np.lib.format.open_memmap(state, "w+", np.uint8, (len(items),))
             note.with_suffix(".tmp").write_text(made_of)
             os.replace(note.with_suffix(".tmp"), note)
         done = np.load(state, mmap_mode="r+")
         done[done == 2] = 0  # what could not be read last time is tried again, and named again
     barrier()
     done = np.load(state, mmap_mode="r+")
-    embed(frames, partial(load_image, size=clip.image_size), clip.encode_image, np.load(embeddings, mmap_mode="r+"),
-          done, device, workers, f"bank of frames in {folder}")
+    embed(items, read, encode, np.load(embeddings, mmap_mode="r+"), done, device, workers, f"bank {folder}")
     barrier()
-    assert np.all(done), "every frame is embedded or unreadable by now"
-    rows = np.flatnonzero(np.asarray(done) == 1)
+    assert np.all(done), "everything is embedded or unreadable by now"
+    return embeddings, np.asarray(done) == 1
+
+
+def frame_bank(folder, clips, clip, device, workers):
+    """Bank of CLIP's embeddings of all frames of all clips, kept in `folder`.
+
+    It is made anew when a file changes (names, sizes, times). Raises ValueError where over 1 % of the clips have no
+    readable frame.
+    """
+    frames, digest = [frame for c in clips for frame in c.frames], hashlib.sha256(str(clip.image_size).encode())
+    for frame in frames if ranks()[0] == 0 else []:
+        stat = os.stat(frame) if os.path.exists(frame) else None
+        digest.update(f"{frame} {stat and (stat.st_size, stat.st_mtime_ns)}\n".encode())
+    made_of = {"clip": fingerprint(clip), "files": digest.hexdigest(), "frames": len(frames), "clips": len(clips)}
+    path, done = stored(folder, made_of, frames, partial(load_image, size=clip.image_size), clip.encode_image,
+                        clip.visual.proj.shape[1], device, workers)
+    rows = np.flatnonzero(done)
     starts = np.searchsorted(rows, np.cumsum([0] + [len(c.frames) for c in clips]))
     empty = int((np.diff(starts) == 0).sum())
     if ranks()[0] == 0 and len(rows) < len(frames):
@@ -281,7 +311,23 @@ def frame_bank(folder, clips, clip, device, workers):
     if empty > 0.01 * len(clips):
         raise ValueError(f"{empty} of {len(clips)} clips have no readable frame, over 1 %; see the messages above "
                          f"(delete {folder} to try again)")
-    return Bank(str(embeddings), rows, starts)
+    return Bank(str(path), rows, starts)
+
+
+def text_embeddings(folder, texts, clip, tokenizer, device):
+    """Unit text embeddings of CLIP, kept in `folder`, (M, D) fp16 -> their path."""
+    digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
+    made_of = {"clip": fingerprint(clip), "tokens": tokenizer.vocab_size, "texts": digest, "count": len(texts)}
+    return str(stored(folder, made_of, texts, lambda text: tokenizer([text])[0], clip.encode_text,
+                      clip.text_projection.shape[1], device)[0])
+
+
+def caption_bank(folder, clips, captions, clip, tokenizer, device):
+    """Bank of CLIP's embeddings of captions, each a row, for clips whose captions are among them."""
+    row = {caption: i for i, caption in enumerate(captions)}
+    path = text_embeddings(folder, captions, clip, tokenizer, device)
+    rows = np.array([row[caption] for c in clips for caption in c.captions], dtype=np.int64)
+    return Bank(path, rows, np.cumsum([0] + [len(c.captions) for c in clips]))
 
 
 # ------------------------------------------------------------------------- learners and samples
@@ -295,13 +341,14 @@ class AudioLearner(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def forward(self, batch):
-        """Batch -> audio features (B, D), their targets (B, D)."""
+        """Batch -> audio features (B, D), their targets (B, kinds, D)."""
         with torch.no_grad(), torch.autocast(batch["wave"].device.type, enabled=False):
             x = mask(self.front_end(batch["wave"], batch["length"]), batch["draws"])         # (B, 1, T, F)
         return self.audio_encoder(x), batch["target"]
 
-    def loss(self, audio, target):
-        return info_nce(audio, target, self.log_scale)
+    def loss(self, audio, targets):
+        """The contrastive losses with each kind of target, summed: one in pre-training (Eq. 4), two in VAT (App. E)."""
+        return sum(info_nce(audio, target, self.log_scale) for target in targets.unbind(1))
 
     def report(self):
         """Numbers for the log."""
@@ -313,19 +360,20 @@ class AudioLearner(nn.Module):
 
 
 class AudioSamples:
-    """Clips with a bank: sample i is its waveform, one of its bank's rows and the draws for its mask."""
+    """Clips with banks of targets: sample i is its waveform, a row of each of its banks and the draws for its mask."""
 
-    def __init__(self, clips, bank, front_end):
-        self.clips = np.array([i for i in range(len(clips)) if len(bank.of(i))])
+    def __init__(self, clips, banks, front_end):
+        self.clips = np.array([i for i in range(len(clips)) if all(len(bank.of(i)) for bank in banks)])
         self.paths = np.array([clips[i].audio.encode() for i in self.clips])  # one array: forked workers share it
-        self.bank, self.front_end = bank, front_end
+        self.banks, self.front_end = banks, front_end
 
     def __len__(self):
         return len(self.clips)
 
     def read(self, i, rng):
         wave, length = self.front_end.load(self.paths[i].decode())
-        return {"wave": wave, "length": length, "target": self.bank.draw(self.clips[i], rng),
+        targets = torch.stack([bank.draw(self.clips[i], rng) for bank in self.banks])               # (kinds, D)
+        return {"wave": wave, "length": length, "target": targets,
                 "draws": torch.from_numpy(rng.random(4, dtype=np.float32))}
 
 
@@ -568,7 +616,7 @@ def train(learner, samples, settings, identity, validate, device):
         missed += batch.pop("skipped").sum().item()
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
-        factor = schedule(step, steps, settings.warmup_epochs * steps_per_epoch)
+        factor = settings.lr_factor(step, steps_per_epoch)
         for group in optimizer.param_groups:
             group["lr"] = factor * group["peak"]
         with cast:
@@ -689,11 +737,7 @@ def make_toy_clip(clip, device):
 def main():
     settings = parse(Settings(), PRESETS, description=__doc__)
     device = start_ranks()
-    for name in ("batch", "epochs", "log_every", "save_every", "frames", "mels"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be at least 1")
-    if settings.batch % ranks()[1]:
-        raise ValueError(f"--batch {settings.batch} can't be split over {ranks()[1]} ranks")
+    settings.check()
     if settings.data == "toy":
         if ranks()[0] == 0 and not Path("data/toy").exists():
             make_toy("data/toy")
@@ -735,7 +779,7 @@ def main():
                 "encoder": encoder.config,
                 "clip": {"weights": str(Path(weights).resolve()), "vocab": str(Path(settings.vocab).resolve()),
                          "fingerprint": fingerprint(clip)}}
-    train(learner, AudioSamples(clips, train_bank, settings.front_end), settings, identity, validate, device)
+    train(learner, AudioSamples(clips, [train_bank], settings.front_end), settings, identity, validate, device)
     if ranks()[0] == 0 and settings.data == "toy":
         flags = ["--task", "toy", "--checkpoint", f"{out}/checkpoint.pt"]
         print("\n$ python evaluate.py " + " ".join(flags), flush=True)

@@ -1,0 +1,413 @@
+"""Stage 2: captions for clips that have none: CLIP looks at a clip's frames and picks from a pool (§3.3, Table 2).
+
+    python curate.py --source ac                 # captions of sounds, but not of which: leaves data/audioset/ac.jsonl
+    python curate.py --source vc --preview 8     # captions of pictures; eight clips to look at in data/audioset/vc.png
+    python curate.py generate                    # a language model writes captions into data/audioset/fc.txt
+    torchrun --nproc_per_node=4 curate.py --source fc
+    python curate.py --source ac --data toy
+
+ac, fc and vc are mined; rc, gl and gc come with AudioCaps: random captions, AudioSet's labels, the gold captions.
+finetune.py trains on what this leaves: an index like any other, its captions filled in.
+
+M  frames     P  captions of the pool     D  embedding     k  captions kept per frame
+"""
+import json
+import os
+import re
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from tqdm import tqdm
+
+from clip_load import (
+    CACHE,
+    MODELS,
+    VOCABULARY,
+    Tokenizer,
+    cached,
+    fingerprint,
+    load_clip,
+)
+from data import (
+    CLASS_NAMES,
+    add_labels,
+    dataset_folder,
+    read_coco_captions,
+    read_index,
+    read_segments,
+    read_split,
+)
+from pretrain import (
+    TOY,
+    barrier,
+    frame_bank,
+    parse,
+    ranks,
+    run,
+    setting,
+    start_ranks,
+    text_embeddings,
+    training_clips,
+)
+
+SOURCES = ["ac", "fc", "vc", "rc", "gl", "gc"]
+PROMPTS = {"ac": "the sound of", "fc": "a photo of", "vc": "a photo of"}  # put before a caption for mining (Table 2)
+PAPER_PAIRS = {"ac": 1_080_078, "fc": 1_224_621, "vc": 1_172_276, "rc": 44_118, "gl": 120_816, "gc": 44_118}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the paper mines (Table 2); the command line is derived from this."""
+    source: str = setting("", "ac: AudioCaps' and Clotho's captions; fc: generated ones; vc: MSCOCO's; rc: random "
+                          "ones; gl: AudioSet's labels; gc: gold ones", SOURCES)
+    data: str = setting("", "folder of the clips; empty: audioset for ac, fc, vc, audiocaps for rc, gl, gc")
+    clip: str = setting("ViT-B/32", "one of OpenAI's names, or a path to weights")
+    vocab: str = setting(str(CACHE / VOCABULARY.rsplit("/", 1)[1]), "the tokenizer's vocabulary")
+    leave_out: str = setting("data/audiocaps", "as in pretrain.py: folder of AudioCaps' tables, or none")
+    k: int = setting(10, "captions that each frame picks; a clip's set is the union over its frames")
+    threshold: float = setting(-1.0, "leave out captions whose cosine with the frame is below this")
+    seed: int = setting(0, "of rc's random captions")
+    preview: int = setting(0, "draw so many clips with their captions into <source>.png")
+    workers: int = setting(min(8, os.cpu_count() or 1), "processes that decode, a rank")
+    rows: int = setting(0, "frames that are searched at a time; 0: 1024 on a CPU, 16384 on a GPU")
+    columns: int = setting(16_384, "captions that are compared at a time")
+
+
+TOY_CURATION = Settings(data="toy", clip=TOY.clip, vocab=TOY.vocab, leave_out="none", workers=1)
+
+
+# ------------------------------------------------------------------------------------- the pool
+
+def caption_pool(source, folder):
+    """The captions that a source offers, each once -> list of str. `<folder>/<source>.txt`, one a line, comes first.
+
+    Raises FileNotFoundError (what to get), ValueError (no captions).
+    """
+    own = Path(folder) / f"{source}.txt"
+    if own.exists():
+        lines, where = own.read_text(encoding="utf-8").splitlines(), own
+    elif source == "ac":  # the captions alone: what they describe is not looked at
+        audiocaps, clotho = dataset_folder("audiocaps"), dataset_folder("clotho")
+        lines = [caption for segment in read_segments(audiocaps / "train.csv") for caption in segment.captions]
+        lines += [caption for clip in read_split("clotho", clotho, "train") for caption in clip.captions]
+        where = f"{audiocaps} and {clotho}"
+    elif source == "vc":
+        where = dataset_folder("mscoco")
+        lines = read_coco_captions(where, "train") + read_coco_captions(where, "val")
+    else:
+        raise FileNotFoundError(f"{own}: no such file. Generated captions: python curate.py generate --out {own}")
+    pool = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if not pool:
+        raise ValueError(f"{where}: no caption in it")
+    return pool
+
+
+# -------------------------------------------------------------------------------------- mining
+
+SPARE = 16  # captions a shortlist holds beyond k
+
+
+def shortlist(queries, captions, size, columns):
+    """The `size` captions nearest to each query in fp32: queries (b, D) on any device -> cosines, indices (b, size)."""
+    best = queries.new_empty(len(queries), 0)
+    index = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+    for start in range(0, len(captions), columns):
+        part = torch.from_numpy(captions[start:start + columns]).to(queries.device).float()          # (columns, D)
+        cosine, found = (queries @ part.T).topk(min(size, len(part)), dim=1)
+        best, index = torch.cat([best, cosine], 1), torch.cat([index, found + start], 1)
+        best, keep = best.topk(min(size, best.shape[1]), dim=1)                                      # (b, size)
+        index = index.gather(1, keep)
+    return best.cpu(), index.cpu()
+
+
+def ranked(cosine, index, k):
+    """The first k of a row's captions by cosine, those with equal cosines by index: (n,), (n,) -> (k,), (k,)."""
+    order = np.lexsort((index, -cosine))[:k]
+    return cosine[order], index[order]
+
+
+def top_captions(images, captions, k, columns=16_384, device="cpu"):
+    """Each image's k nearest captions, exactly: (b, D), (P, D) fp16 unit vectors -> cosines, indices (b, k).
+
+    A shortlist is found in fp32 and its cosines computed again in float64, where a dot product of fp16 unit vectors
+    has no rounding (its terms are multiples of 2^-48, its partial sums at most 1 in size: 49 bits of 53). What is not
+    on the shortlist is at best an fp32 rounding error nearer than the last that is; where that could matter, the row
+    is done again in float64 over all captions. So the result depends on no block size and no device.
+    """
+    error = 2 * images.shape[1] * 2.0 ** -23  # of a dot product of unit vectors in fp32, TF32's truncation included
+    queries = torch.from_numpy(images).to(device).float()                                            # (b, D)
+    fast, index = shortlist(queries, captions, min(k + SPARE, len(captions)), columns)
+    cosines, indices = np.empty((len(images), k), np.float32), np.empty((len(images), k), np.int64)
+    for start in range(0, len(images), 128):
+        near = index[start:start + 128].numpy()                                                      # (128, size)
+        exact = np.einsum("bd,bsd->bs", images[start:start + 128].astype(np.float64),
+                          captions[near].astype(np.float64))                                         # (128, size)
+        for row, (cosine, candidates) in enumerate(zip(exact, near), start):
+            best, chosen = ranked(cosine, candidates, k)
+            if len(candidates) < len(captions) and best[-1] <= fast[row, -1].item() + error:
+                everything = np.concatenate([captions[i:i + columns].astype(np.float64) @ images[row].astype(np.float64)
+                                             for i in range(0, len(captions), columns)])             # (P,)
+                best, chosen = ranked(everything, np.arange(len(captions)), k)
+            cosines[row], indices[row] = best, chosen
+    return cosines, indices
+
+
+def mine(images, captions, folder, k, device="cpu", rows=1024, columns=16_384, made_of=None):
+    """Each image's k nearest captions, kept in `folder`: files of (M, D), (P, D) fp16 -> cosines, indices (M, k).
+
+    Memory holds a block of images and a block of captions, whatever their numbers. The ranks share the blocks of
+    images; a search that was cut short goes on where it was. made_of: dict of what decides the result.
+    """
+    folder, images, captions = Path(folder), np.load(images, mmap_mode="r"), np.load(captions, mmap_mode="r")
+    k, note = min(k, len(captions)), folder / "mined.json"
+    paths = {name: folder / f"{name}.npy" for name in ("cosines", "indices", "done")}
+    made_of = json.dumps({"k": k, "images": len(images), "captions": len(captions), **(made_of or {})})
+    if ranks()[0] == 0 and (not note.exists() or note.read_text() != made_of):
+        folder.mkdir(parents=True, exist_ok=True)
+        note.unlink(missing_ok=True)
+        np.lib.format.open_memmap(paths["cosines"], "w+", np.float32, (len(images), k))
+        np.lib.format.open_memmap(paths["indices"], "w+", np.int32, (len(images), k))
+        np.lib.format.open_memmap(paths["done"], "w+", np.uint8, (len(images),))
+        note.with_suffix(".tmp").write_text(made_of)
+        os.replace(note.with_suffix(".tmp"), note)
+    barrier()
+    cosines, indices, done = (np.load(paths[name], mmap_mode="r+") for name in ("cosines", "indices", "done"))
+    rank, size = ranks()
+    starts = range(rank * rows, len(images), size * rows)
+    with tqdm(total=len(images), desc=f"mining in {folder}", unit=" frames", unit_scale=True, disable=rank > 0) as bar:
+        for start in starts:
+            block = slice(start, min(start + rows, len(images)))
+            if not done[block].all():
+                cosines[block], indices[block] = top_captions(np.asarray(images[block]), captions, k, columns, device)
+                done[block] = 1
+            bar.update(min(size * rows, len(images) - bar.n))
+    barrier()
+    return cosines, indices
+
+
+def union(cosines, indices, threshold):
+    """A clip's captions: its frames' (frames, k) merged, nearest first, each with its best cosine -> indices, cosines."""
+    best = {}
+    for cosine, index in zip(cosines.ravel().tolist(), indices.ravel().tolist()):
+        if cosine >= threshold:
+            best[index] = max(cosine, best.get(index, -2.0))
+    order = sorted(best, key=lambda index: (-best[index], index))
+    return order, [best[index] for index in order]
+
+
+# --------------------------------------------------------------------------------------- pairs
+
+def gold_clips(folder):
+    """AudioCaps' training clips with gold captions (toy: gold.jsonl), those whose sound is on disk -> list of Clip."""
+    if (folder / "gold.jsonl").exists():
+        return read_index(folder / "gold.jsonl", need=("audio", "captions"))
+    listed = read_split("audiocaps", folder, "train", need=("audio", "captions"))
+    clips = [clip for clip in listed if clip.audio]
+    if not clips:
+        raise ValueError(f"{folder}: not one of AudioCaps' {len(listed)} training clips has its sound on disk")
+    return clips
+
+
+def with_captions(source, clips, folder, seed):
+    """Gold clips as rc, gl and gc pair them: with random captions, with labels, with their own."""
+    if source == "gc":
+        return clips
+    if source == "rc":  # AudioCaps with its alignment broken: any clip's caption
+        pool, rng = [caption for clip in clips for caption in clip.captions], np.random.default_rng(seed)
+        return [replace(clip, captions=(pool[i],)) for clip, i in zip(clips, rng.integers(len(pool), size=len(clips)))]
+    audioset = folder.parent / "audioset"
+    if not any(clip.labels for clip in clips) and (audioset / CLASS_NAMES).exists():
+        clips = add_labels(clips, audioset)
+    labelled = [replace(clip, captions=clip.labels) for clip in clips if clip.labels]
+    if not labelled:
+        raise ValueError(f"{folder}: no clip has a label; AudioSet's CSVs and {CLASS_NAMES} belong into {audioset}")
+    return labelled
+
+
+def write_index(path, clips, captions):
+    """Write clips with their captions as an index -> numbers of clips with any, and of pairs.
+
+    captions: for each clip its captions and their cosines (or None), one clip at a time.
+    """
+    folder, kept, pairs, part = path.parent, 0, 0, path.with_name(path.name + ".part")
+    with open(part, "w", encoding="utf-8") as file:
+        for clip, (texts, scores) in zip(clips, captions):
+            if not texts:
+                continue
+            row = {"id": clip.id, "audio": os.path.relpath(clip.audio, folder), "labels": list(clip.labels),
+                   "frames": [os.path.relpath(frame, folder) for frame in clip.frames], "captions": list(texts)}
+            if scores:
+                row["scores"] = [round(score, 4) for score in scores]
+            file.write(json.dumps({key: value for key, value in row.items() if value}, ensure_ascii=False) + "\n")
+            kept, pairs = kept + 1, pairs + len(texts)
+    os.replace(part, path)
+    return kept, pairs
+
+
+def preview(path, clips, found, count):
+    """A contact sheet: `count` clips spread over the set, a frame each, with the captions that they got."""
+    chosen = np.linspace(0, len(clips) - 1, min(count, len(clips))).round().astype(int).tolist()
+    figure = Figure(figsize=(9, 1.8 * len(chosen)), layout="constrained")
+    for axes, i in zip(figure.subplots(len(chosen), 1, squeeze=False)[:, 0], chosen):
+        texts, scores = found(i)
+        if clips[i].frames:
+            with Image.open(clips[i].frames[:2][-1]) as image:
+                axes.imshow(image.convert("RGB"))
+        axes.axis("off")
+        lines = [f"{f'{score:.3f}  ' if scores else ''}{text}"
+                 for text, score in zip(texts[:6], scores or [0] * len(texts))]
+        axes.text(1.05, 0.5, "\n".join([clips[i].id, *lines]), transform=axes.transAxes, va="center", fontsize=8,
+                  parse_math=False)
+    figure.savefig(path, dpi=120)
+    print(f"to look at: {path}")
+
+
+def curate(settings, device):
+    """Make <folder>/<source>.jsonl and say how many pairs it holds."""
+    source = settings.source
+    mined = source in PROMPTS
+    folder = dataset_folder(settings.data or ("audioset" if mined else "audiocaps"))
+    index = folder / f"{source}.jsonl"
+    if mined:
+        pool = caption_pool(source, folder)
+        clips = training_clips(folder, settings.leave_out)
+        clip = load_clip(cached(settings.clip) if settings.clip in MODELS else settings.clip, device)
+        tokenizer = Tokenizer(settings.vocab, clip.context_length)
+        clip_id = fingerprint(clip)
+        frames = frame_bank(folder / "banks" / f"train-{clip_id}", clips, clip, device, settings.workers)
+        texts = [f"{PROMPTS[source]} {caption}" for caption in pool]
+        bank = text_embeddings(folder / "banks" / f"{source}-{clip_id}", texts, clip, tokenizer, device)
+        rows = settings.rows or (1024 if device.type == "cpu" else 16_384)
+        made_of = {name: (Path(path).parent / "bank.json").read_text()
+                   for name, path in (("frames", frames.path), ("pool", bank))}
+        cosines, indices = mine(frames.path, bank, folder / "mined" / f"{source}-{clip_id}", settings.k, device, rows,
+                                settings.columns, made_of)
+
+        def found(i):
+            order, scores = union(cosines[frames.of(i)], indices[frames.of(i)], settings.threshold)
+            return [pool[j] for j in order], scores
+
+        long = sum(len(tokenizer.encode(text)) > clip.context_length for text in texts) if ranks()[0] == 0 else 0
+        cut = f", {long} of them cut to {clip.context_length} tokens" if long else ""
+        notes = [f"pool of {len(pool)} captions{cut}",
+                 f"{sum(len(frames.of(i)) == 0 for i in range(len(clips)))} clips without a readable frame"]
+    else:
+        clips = with_captions(source, gold_clips(folder), folder, settings.seed)
+        notes = []
+
+        def found(i):
+            return clips[i].captions, None
+
+    if ranks()[0] == 0:
+        kept, pairs = write_index(index, clips, map(found, range(len(clips))))
+        if not kept:
+            raise ValueError(f"no clip has a caption with a cosine of {settings.threshold} or more; lower --threshold")
+        print(f"{index}: {kept} of {len(clips)} clips with captions, {pairs} pairs (paper: {PAPER_PAIRS[source]} pairs)"
+              + "".join(f", {note}" for note in notes))
+        if settings.preview:
+            preview(index.with_suffix(".png"), clips, found, settings.preview)
+        print(f"next: python finetune.py --source {source}" + (f" --data {settings.data}" if settings.data else ""))
+    barrier()
+
+
+# -------------------------------------------------------------------------------- free captions
+
+@dataclass(frozen=True)
+class Generation:
+    """Captions out of a language model that has read captions of pictures (§3.3, FC)."""
+    model: str = setting("EleutherAI/gpt-j-6b", "any causal language model that transformers loads: a name or a folder")
+    out: str = setting("data/audioset/fc.txt", "file of captions, one a line")
+    count: int = setting(1_000_000, "captions to make")
+    shots: int = setting(8, "of MSCOCO's captions that each prompt shows")
+    data: str = setting("mscoco", "folder of MSCOCO's captions, or a file with a caption a line")
+    batch: int = setting(64, "prompts at a time")
+    tokens: int = setting(64, "new tokens a prompt: room for some captions")
+    top_p: float = setting(0.95, "sampled from the most likely tokens that make up this share")
+    temperature: float = setting(1.0, "of sampling")
+    seed: int = setting(0, "of prompts and sampling")
+
+
+def clean(text):
+    """What a model wrote after "- " -> its captions: whole lines, without bullets, of 3 to 40 words."""
+    lines = text.split("\n")[:-1]  # the last line may be cut off
+    lines = [" ".join(re.sub(r"^\s*(?:[-*•]|\d+[.)])?\s*", "", line).strip("\"' ").split()) for line in lines]
+    return [line for line in lines if 3 <= len(line.split()) <= 40 and not re.search(r"https?:|[<>{}\[\]|#]", line)]
+
+
+def generate(settings, device):
+    """Append captions to settings.out until there are enough; goes on where it was cut short, with the same captions.
+
+    Raises FileNotFoundError, ValueError (transformers is missing, another run's file).
+    """
+    try:
+        from transformers import (  # only here is it needed
+            AutoModelForCausalLM,
+            AutoTokenizer,
+        )
+    except ImportError:
+        raise ValueError("curate.py generate needs transformers: pip install transformers") from None
+    out, note = Path(settings.out), Path(settings.out + ".json")
+    primers = (Path(settings.data).read_text(encoding="utf-8").splitlines() if Path(settings.data).is_file() else
+               read_coco_captions(dataset_folder(settings.data), "train"))
+    made_of = {name: getattr(settings, name) for name in ("model", "shots", "batch", "tokens", "top_p", "temperature",
+                                                          "seed")} | {"primers": len(primers)}
+    state = json.loads(note.read_text()) if note.exists() else {"made_of": made_of, "batches": 0, "bytes": 0}
+    if state["made_of"] != made_of or (out.exists() and not note.exists()):
+        raise ValueError(f"{out} was made otherwise; choose another --out, or delete it and {note}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(settings.model, padding_side="left")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model = AutoModelForCausalLM.from_pretrained(
+        settings.model, dtype=torch.float16 if device.type == "cuda" else torch.float32).to(device).eval()
+    with open(out, "ab+") as file:
+        file.truncate(state["bytes"])  # what a killed run wrote beyond its last note
+        file.seek(0)
+        known = {line.lower() for line in file.read().decode().splitlines()}
+        barren = 0
+        with tqdm(total=settings.count, initial=len(known), desc=str(out), unit=" captions") as bar:
+            while len(known) < settings.count:
+                rng = np.random.default_rng((settings.seed, state["batches"]))
+                torch.manual_seed(settings.seed * 1_000_003 + state["batches"])
+                shown = [[primers[i] for i in rng.integers(len(primers), size=settings.shots)]
+                         for _ in range(settings.batch)]
+                prompts = tokenizer(["".join(f"- {line}\n" for line in lines) + "-" for lines in shown],
+                                    return_tensors="pt", padding=True).to(device)
+                with torch.no_grad():
+                    tokens = model.generate(**prompts, do_sample=True, max_new_tokens=settings.tokens,
+                                            top_p=settings.top_p, temperature=settings.temperature,
+                                            pad_token_id=tokenizer.pad_token_id)
+                written = tokenizer.batch_decode(tokens[:, prompts["input_ids"].shape[1]:], skip_special_tokens=True)
+                before = len(known)
+                for text, lines in zip(written, shown):
+                    for caption in clean(text):
+                        if caption.lower() not in known and caption not in lines and len(known) < settings.count:
+                            known.add(caption.lower())
+                            file.write(caption.encode() + b"\n")
+                file.flush()
+                state |= {"batches": state["batches"] + 1, "bytes": file.seek(0, os.SEEK_END)}
+                Path(f"{note}.part").write_text(json.dumps(state))
+                os.replace(f"{note}.part", note)
+                bar.update(len(known) - before)
+                barren = barren + 1 if len(known) == before else 0
+                if barren == 20:
+                    raise ValueError(f"{settings.model} wrote no new caption in 20 batches; {len(known)} are in {out}")
+    print(f"{out}: {len(known)} captions; next: python curate.py --source fc")
+
+
+def main():
+    if sys.argv[1:2] == ["generate"]:
+        generate(parse(Generation(), {}, sys.argv[2:], "Write captions with a language model."), start_ranks())
+        return
+    settings = parse(Settings(), {"toy": TOY_CURATION}, description=__doc__)
+    if not settings.source:
+        raise ValueError(f"--source is needed: one of {', '.join(SOURCES)}; or: python curate.py generate")
+    curate(settings, start_ranks())
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,518 @@
+"""Stage 3: a pre-trained audio encoder learns from captions (§3.3), or with a head from labels (Appendix C).
+
+    python finetune.py --source ac                       # AT: curate.py's pairs -> out/audioset/at-ac/checkpoint.pt
+    python finetune.py --source gc --pairs 442           # few-shot: so many gold pairs (Fig. 7)
+    python finetune.py --source gc --objective vat       # captions and frames at once (Appendix E)
+    python finetune.py --head esc50                      # supervised, over the published folds: mean ± std
+    python finetune.py --head esc10                      # ... on a laptop: ESC-10 from scratch with a small encoder
+    python finetune.py ladder                            # the toy world: every row of the tables, and the claims
+
+The loop is pretrain.py's; here are other targets (a bank of captions), another start (a checkpoint), and a head.
+
+B  clips on this rank     D  embedding     K  classes     N  clips
+"""
+import json
+import math
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from clip_load import (
+    MODELS,
+    Tokenizer,
+    audio_encoder_from_clip,
+    cached,
+    fingerprint,
+    load_clip,
+)
+from data import (
+    CLASS_NAMES,
+    READERS,
+    class_names,
+    dataset_folder,
+    mask,
+    read_index,
+    read_split,
+)
+from evaluate import average_precision, retrieval_metrics, table
+from model import VisionTransformer
+from pretrain import (
+    TOY,
+    AudioLearner,
+    AudioSamples,
+    Training,
+    audio_encoder_of,
+    caption_bank,
+    digest_of,
+    embed_all,
+    frame_bank,
+    load_checkpoint,
+    parse,
+    ranks,
+    run,
+    setting,
+    start_ranks,
+    train,
+    versions,
+)
+
+# ------------------------------------------------------------------------------------ settings
+
+@dataclass(frozen=True)
+class Settings(Training):
+    """AT fine-tuning as in the paper (Table 5); PRESETS has the supervised heads'."""
+    source: str = setting("", "train on captions: which of curate.py's pairs", ["ac", "fc", "vc", "rc", "gl", "gc"])
+    head: str = setting("", "train on labels: whose", ["esc50", "esc10", "us8k", "audioset-balanced", "audioset"])
+    data: str = setting("", "folder of the clips; empty: where curate.py puts the source, or the head's dataset")
+    start: str = setting("out/audioset/pretrain/checkpoint.pt", "a checkpoint, or clip or random weights", free=True)
+    objective: str = setting("at", "at: audio and captions; vat: audio and frames too", ["at", "vat"])
+    pairs: int = setting(0, "the first so many pairs of a shuffle that depends on the seed alone; 0: all")
+    batch: int = setting(64, "clips a step over all ranks")
+    last_layers: int = setting(-1, "head: encoder blocks that learn, counted from the last; 0: a linear probe, -1: all")
+    mixup: float = setting(0.0, "head: share of clips that are mixed with another one")
+    milestones: str = setting("", "halve the rates at these steps, or epochs where an e follows (5e,9e); empty: cosine")
+    warmup_steps: int = setting(0, "of linear warm-up, with milestones")
+    fold: int = setting(0, "head: train and test on this fold alone; 0: on each in turn", free=True)
+    width: int = setting(768, "of an encoder that starts from random weights")
+    layers: int = setting(12, "of the same")
+    patch: int = setting(32, "of the same")
+
+    def lr_factor(self, step, steps_per_epoch):
+        """As in pre-training, or linear warm-up and then half as much from each milestone on (Table 5)."""
+        if not self.milestones:
+            return super().lr_factor(step, steps_per_epoch)
+        passed = 0
+        for milestone in self.milestones.split(","):
+            at = float(milestone.strip().removesuffix("e"))
+            passed += step >= (at * steps_per_epoch if milestone.strip().endswith("e") else at)
+        return min(1.0, (step + 1) / max(1, self.warmup_steps)) * 0.5 ** passed
+
+
+SUPERVISED = {"batch": 50, "epochs": 50, "lr_weights": 1.0, "lr_biases": 2.4e-2}
+TAGGING = {"optimizer": "adam", "lr_weights": 5e-5, "lr_biases": 5e-5, "weight_decay": 1e-7, "warmup_steps": 1000,
+           "mixup": 0.5}
+SMALL = {"sample_rate": 16_000, "mels": 64, "stride_time": 12, "stride_mel": 12, "workers": 1}
+PRESETS = {
+    "esc50": replace(Settings(), head="esc50", **SUPERVISED), "us8k": replace(Settings(), head="us8k", **SUPERVISED),
+    "audioset-balanced": replace(Settings(), head="audioset-balanced", batch=12, epochs=25, last_layers=4,
+                                 milestones="5e,9e,10e,11e,12e", **TAGGING),
+    "audioset": replace(Settings(), head="audioset", batch=128, epochs=5,
+                        milestones="7500,15000,20000,25000,35000,40000,45000,50000", **TAGGING),
+    "toy": replace(Settings(), data="toy", start="out/toy/pretrain/checkpoint.pt", epochs=6, warmup_epochs=0.5,
+                   lr_weights=2.0, lr_biases=4.8e-3, log_every=62, **SMALL),
+    "esc10": replace(Settings(), head="esc10", data="esc50", start="random", frames=500, mean=-6.0, std=4.5, patch=16,
+                     width=128, layers=3, optimizer="adam", batch=32, epochs=40, warmup_epochs=4.0, lr_weights=1e-3,
+                     lr_biases=1e-3, weight_decay=0.0, mixup=0.5, log_every=100, **SMALL),
+}
+
+
+# --------------------------------------------------------------------------------- the start
+
+def starting_encoder(settings, clip):
+    """The audio encoder that fine-tuning starts from, its front end, and its temperature's log_scale or None.
+
+    clip: CLIP for a start from its weights, or None. A checkpoint brings its front end along.
+    """
+    if settings.start == "clip":
+        strides = (settings.stride_time, settings.stride_mel)
+        return audio_encoder_from_clip(clip, settings.frames, settings.mels, strides), settings.front_end, None
+    if settings.start == "random":
+        torch.manual_seed(settings.seed)
+        encoder = VisionTransformer((settings.frames, settings.mels), settings.patch,
+                                    (settings.stride_time, settings.stride_mel), channels=1, width=settings.width,
+                                    layers=settings.layers, heads=settings.width // 64, output_dim=512)
+        return encoder, settings.front_end, None
+    checkpoint = load_checkpoint(settings.start, ["pretrain", "finetune"])
+    encoder, front_end = audio_encoder_of(checkpoint)
+    return encoder, front_end, checkpoint["learner"]["log_scale"]
+
+
+def clip_of(settings, device):
+    """The CLIP whose texts and frames are the targets: the start's own -> model, path of weights, path of vocabulary."""
+    weights, vocab, wanted = settings.clip, settings.vocab, None
+    if settings.start not in ("clip", "random"):
+        made_with = load_checkpoint(settings.start, ["pretrain", "finetune"])["clip"]
+        wanted = made_with["fingerprint"]
+        if settings.clip == Training.clip:  # not said otherwise
+            weights, vocab = made_with["weights"], made_with["vocab"]
+    weights = cached(weights) if weights in MODELS else weights
+    clip = load_clip(weights, device)
+    if wanted and fingerprint(clip) != wanted:
+        raise ValueError(f"{weights}: not the CLIP that {settings.start} was trained against; name the right one "
+                         f"with --clip")
+    return clip, str(weights), vocab
+
+
+# ---------------------------------------------------------------------- captions: AT, VAT, few-shot
+
+def take_pairs(clips, count, seed):
+    """The first `count` (clip, caption) pairs of a seeded shuffle, so that fewer are always among more -> list of Clip.
+
+    Raises ValueError where there are not so many.
+    """
+    pairs = [(i, caption) for i, clip in enumerate(clips) for caption in clip.captions]
+    if count > len(pairs):
+        raise ValueError(f"--pairs {count}: there are {len(pairs)}")
+    chosen = {}
+    for at in np.random.default_rng(seed).permutation(len(pairs))[:count]:
+        i, caption = pairs[at]
+        chosen.setdefault(i, []).append(caption)
+    return [replace(clips[i], captions=tuple(chosen[i])) for i in sorted(chosen)]
+
+
+def retrieval_validation(folder, clip, tokenizer, device, workers):
+    """(learner) -> audio-text recall on the validation clips that have captions: the folder's own, else AudioCaps'."""
+    clips = []
+    for place in (folder, Path("data/audiocaps")):
+        try:
+            clips = [c for c in read_split("audiocaps", place, "val") if c.audio and c.captions]
+        except FileNotFoundError:
+            continue
+        if clips:
+            break
+    clips = [c for c in clips if len(c.captions) == len(clips[0].captions)]
+    if not clips:
+        return lambda learner: {}
+    texts, _ = embed_all([caption for c in clips for caption in c.captions], lambda text: tokenizer([text])[0],
+                         clip.encode_text, clip.text_projection.shape[1], device)
+    texts = texts.view(len(clips), -1, texts.shape[1])                                        # (N, captions, D)
+
+    def validate(learner):
+        audio, heard = embed_all([c.audio for c in clips], learner.front_end.load,
+                                 lambda wave, length: learner.audio_encoder(learner.front_end(wave, length)),
+                                 texts.shape[2], device, workers)
+        if not heard.any():
+            return {}
+        metrics = retrieval_metrics(audio[heard], texts[heard].flatten(0, 1), texts.shape[1])
+        return {"audio->text R@1": metrics["a2t_r1"], "text->audio R@1": metrics["t2a_r1"]}
+    return validate
+
+
+def finetune_on_captions(settings, device):
+    """AT or VAT fine-tuning; leaves <out>/checkpoint.pt."""
+    source, mined = settings.source, settings.source in ("ac", "fc", "vc")
+    folder = dataset_folder(settings.data or ("audioset" if mined else "audiocaps"))
+    index = folder / f"{source}.jsonl"
+    if not index.exists():
+        raise FileNotFoundError(f"{index}: no pairs yet. Run: python curate.py --source {source}"
+                                + (f" --data {settings.data}" if settings.data else ""))
+    clip, weights, vocab = clip_of(settings, device)
+    tokenizer = Tokenizer(vocab, clip.context_length)
+    listed = [c for c in read_index(index) if c.captions]
+    everything = [c for c in listed if c.frames or settings.objective == "at"]
+    if len(everything) < len(listed) and ranks()[0] == 0:
+        print(f"{index}: {len(listed) - len(everything)} clips without frames left out", file=sys.stderr)
+    clips = take_pairs(everything, settings.pairs, settings.seed) if settings.pairs else everything
+    if not clips:
+        raise ValueError(f"{index}: no clip with a caption" + (" and frames" if settings.objective == "vat" else ""))
+    captions = list(dict.fromkeys(caption for c in everything for caption in c.captions))
+    banks = [caption_bank(folder / "banks" / f"{source}-texts-{fingerprint(clip)}", clips, captions, clip, tokenizer,
+                          device)]
+    if settings.objective == "vat":
+        place = folder / "banks" / f"{source}-frames-{fingerprint(clip)}-{settings.pairs}-{settings.seed}"
+        banks.append(frame_bank(place, clips, clip, device, settings.workers))
+    encoder, front_end, log_scale = starting_encoder(settings, clip)
+    learner = AudioLearner(encoder, front_end)
+    if log_scale is not None:
+        learner.log_scale.data.copy_(log_scale)
+    learner.requires_grad_(True)
+    name = f"{settings.objective}-{source}" + (f"-{settings.pairs}" if settings.pairs else "")
+    settings = replace(settings, out=settings.out or f"out/{folder.name}/{name}")
+    identity = {"stage": "finetune", "data": digest_of(clips), "front_end": asdict(front_end), "encoder": encoder.config,
+                "start": {"path": settings.start, "weights": fingerprint(encoder)},
+                "clip": {"weights": str(Path(weights).resolve()), "vocab": str(Path(vocab).resolve()),
+                         "fingerprint": fingerprint(clip)}}
+    if ranks()[0] == 0:
+        print(f"{index}: {len(clips)} clips, {sum(len(c.captions) for c in clips)} pairs -> {settings.out}")
+    samples = AudioSamples(clips, banks, front_end)
+    if len(samples) < settings.batch:  # few-shot: an epoch needs a full batch
+        smaller = 2 ** int(math.log2(max(2, len(samples))))
+        print(f"{len(samples)} clips do not fill a batch of {settings.batch}: batches of {smaller}", file=sys.stderr)
+        settings = replace(settings, batch=smaller)
+    train(learner, samples, settings, identity,
+          retrieval_validation(folder, clip, tokenizer, device, settings.workers), device)
+    if ranks()[0] == 0:
+        task = f"toy --data {settings.data}" if folder.name == "toy" else "all"
+        print(f"next: python evaluate.py --task {task} --checkpoint {settings.out}/checkpoint.pt")
+
+
+# -------------------------------------------------------------------------- labels: supervised heads
+
+class HeadLearner(nn.Module):
+    """Audio encoder, LayerNorm and a linear layer onto the classes (Appendix C)."""
+
+    def __init__(self, audio_encoder, front_end, classes, multi_label, last_layers):
+        super().__init__()
+        self.audio_encoder, self.front_end, self.multi_label = audio_encoder, front_end, multi_label
+        dimensions = audio_encoder.config["output_dim"]
+        self.head = nn.Sequential(nn.LayerNorm(dimensions), nn.Linear(dimensions, classes))
+        blocks = len(audio_encoder.transformer.resblocks)
+        audio_encoder.requires_grad_(last_layers < 0 or last_layers >= blocks)
+        for block in audio_encoder.transformer.resblocks[blocks - min(max(last_layers, 0), blocks):]:
+            block.requires_grad_(True)
+        if last_layers > 0:  # what follows the blocks learns with them
+            audio_encoder.ln_post.requires_grad_(True)
+            audio_encoder.proj.requires_grad_(True)
+        self.head.requires_grad_(True)
+
+    def logits(self, wave, length):
+        """Padded waveforms (B, samples), their lengths (B,) -> (B, K)."""
+        return self.head(self.audio_encoder(self.front_end(wave, length)))
+
+    def forward(self, batch):
+        with torch.no_grad(), torch.autocast(batch["wave"].device.type, enabled=False):
+            x = mask(self.front_end(batch["wave"], batch["length"]), batch["draws"])          # (B, 1, T, F)
+        return self.head(self.audio_encoder(x)), batch["target"]                              # 2 × (B, K)
+
+    def loss(self, logits, target):
+        """Eq. 6, or Eq. 7 for clips with several labels (averaged over the labels); targets may be mixtures."""
+        if self.multi_label:
+            return F.binary_cross_entropy_with_logits(logits.float(), target)
+        return F.cross_entropy(logits.float(), target)
+
+    def report(self):
+        return {}
+
+    def flops(self):
+        return 3 * self.audio_encoder.flops()
+
+
+class Remember:
+    """A front end's `load` that keeps what it has read, as long as all of it takes under 2 GB."""
+
+    def __init__(self, front_end, count):
+        self.front_end, self.known = front_end, {}
+        self.keep = 4 * front_end.samples * count < 2e9
+
+    def __call__(self, path):
+        if path in self.known:
+            return self.known[path]
+        read = self.front_end.load(path)
+        if self.keep:
+            self.known[path] = read
+        return read
+
+
+class LabelledSamples:
+    """Clips with labels: sample i is a waveform and its classes, or with probability `mixup` a mixture of two clips."""
+
+    def __init__(self, clips, labels, load, mixup):
+        self.clips, self.load, self.mixup = clips, load, mixup
+        self.number, self.classes = {label: k for k, label in enumerate(labels)}, len(labels)
+
+    def __len__(self):
+        return len(self.clips)
+
+    def one(self, i):
+        """Waveform, its length, classes as 0 and 1 (K,)."""
+        target = torch.zeros(self.classes)
+        target[[self.number[label] for label in self.clips[i].labels]] = 1.0
+        return *self.load(self.clips[i].audio), target
+
+    def read(self, i, rng):
+        wave, length, target = self.one(i)
+        if rng.random() < self.mixup:
+            share = rng.beta(10, 10)
+            other, other_length, other_target = self.one(int(rng.integers(len(self.clips))))
+            wave, length = share * wave + (1 - share) * other, max(length, other_length)
+            target = share * target + (1 - share) * other_target
+        return {"wave": wave, "length": length, "target": target,
+                "draws": torch.from_numpy(rng.random(4, dtype=np.float32))}
+
+
+def measure_head(learner, clips, labels, load, device, workers):
+    """Accuracy of a head on clips with one label each, mAP on those with several -> in %, and clips that were read."""
+    logits, heard = embed_all([clip.audio for clip in clips], load, learner.logits, len(labels), device, workers,
+                              unit=False)
+    number = {label: k for k, label in enumerate(labels)}
+    target = torch.zeros(len(clips), len(labels), dtype=torch.bool)
+    for i, clip in enumerate(clips):
+        target[i, [number[label] for label in clip.labels]] = True
+    logits, target = logits[heard], target[heard]
+    if learner.multi_label:
+        return 100 * average_precision(logits, target).nanmean().item(), int(heard.sum())
+    return 100 * (logits.argmax(1) == target.float().argmax(1)).float().mean().item(), int(heard.sum())
+
+
+def rounds_of(settings):
+    """What a head is trained and tested on -> folder, labels, {round: (training clips, test clips)}."""
+    multi = settings.head.startswith("audioset")
+    name = {"esc10": "esc50"}.get(settings.head, "audioset" if multi else settings.head)
+    folder = dataset_folder(settings.data or name)
+    if multi:
+        split = "val" if settings.head == "audioset-balanced" else "train"  # the balanced set is our val
+        sets = [[clip for clip in read_split("audioset", folder, part) if clip.audio and clip.labels]
+                for part in (split, "test")]
+        known = class_names(folder).values() if (folder / CLASS_NAMES).exists() else ()
+        labels = list(known) or sorted({label for clips in sets for clip in clips for label in clip.labels})
+        return folder, labels, {"eval": sets}
+    clips = READERS[name].read(folder, "test")
+    if settings.head == "esc10":
+        clips = [clip for clip in clips if clip.easy]
+    folds = sorted({clip.fold for clip in clips})
+    if len(folds) < 2:
+        raise ValueError(f"{folder}: needs clips in several folds, has {folds}")
+    if settings.fold and settings.fold not in folds:
+        raise ValueError(f"--fold {settings.fold}: {folder} has {folds}")
+    return folder, sorted({clip.labels[0] for clip in clips}), {
+        f"fold {fold}": ([clip for clip in clips if clip.fold != fold], [clip for clip in clips if clip.fold == fold])
+        for fold in folds if settings.fold in (0, fold)}
+
+
+PAPER_HEADS = {"esc50": "95.7 ± 1.4", "us8k": "86.0 ± 2.8", "audioset-balanced": "37.9", "audioset": "44.7"}
+
+
+def finetune_on_labels(settings, device):
+    """Train a head on each round (fold) and print its test accuracy or mAP, mean ± std over folds (Appendix C)."""
+    folder, labels, rounds = rounds_of(settings)
+    multi = settings.head.startswith("audioset")
+    clip, weights = None, ""
+    if settings.start == "clip":
+        clip, weights, _ = clip_of(settings, device)
+    start = Path(settings.start).parent.name if "/" in settings.start else settings.start
+    out = Path(settings.out or f"out/{folder.name}/head-{settings.head}-{start}"
+               + (f"-last{settings.last_layers}" if settings.last_layers >= 0 else ""))
+    results, began, measure = {}, time.time(), "mAP" if multi else "accuracy"
+    _, front_end, _ = starting_encoder(settings, clip)
+    load = Remember(front_end, sum(map(len, next(iter(rounds.values())))))
+    for name, (training, test) in rounds.items():
+        encoder = starting_encoder(settings, clip)[0]  # each round starts anew
+        torch.manual_seed(settings.seed)
+        learner = HeadLearner(encoder, front_end, len(labels), multi, settings.last_layers)
+        identity = {"stage": "head", "data": digest_of(training), "front_end": asdict(front_end), "labels": labels,
+                    "encoder": encoder.config, "start": {"path": settings.start, "weights": fingerprint(encoder)},
+                    "clip": {"weights": weights}}
+
+        def validate(learner, test=test):
+            return {measure: measure_head(learner, test, labels, load, device, settings.workers)[0]}
+
+        if ranks()[0] == 0:
+            print(f"{name}: {len(training)} clips train, {len(test)} test -> {out / name.replace(' ', '')}")
+        train(learner, LabelledSamples(training, labels, load, settings.mixup),
+              replace(settings, out=str(out / name.replace(" ", ""))), identity, validate, device)
+        results[name], heard = measure_head(learner.eval(), test, labels, load, device, settings.workers)
+        if ranks()[0] == 0:
+            print(f"{name}: {measure} {results[name]:.1f} % on {heard} of {len(test)} clips")
+    if ranks()[0] == 0:
+        values = list(results.values())
+        spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+        print(f"\n{settings.head}, {measure} in %: " + ", ".join(f"{name} {value:.1f}" for name, value in results.items())
+              + f"\nmean {np.mean(values):.1f}{spread}, {len(labels)} classes; paper: "
+              f"{PAPER_HEADS.get(settings.head, '-')}; {(time.time() - began) / 60:.1f} min")
+        (out / "head.json").write_text(json.dumps({"head": settings.head, "settings": asdict(settings),
+                                                   "results": results, "mean": np.mean(values),
+                                                   "versions": versions()}, indent=1) + "\n")
+
+
+# ------------------------------------------------------------------------------------- the ladder
+
+@dataclass(frozen=True)
+class Ladder:
+    """Every row of the paper's tables on the toy world."""
+    seeds: int = setting(1, "so many seeds, from 0 on")
+    out: str = setting("out/toy/ladder", "folder of all runs; what is there is not done again")
+
+
+FEW = {"1 %": 10, "5 %": 50, "20 %": 200}  # of the toy's 1000 gold pairs
+CLAIMS = [  # what the paper says, as (claim, better row, worse row, metric)
+    ("CLIP's weights are the better start (§4.1)", "vip-AnT", "VA-Rand", "a2t_r1"),
+    ("mined audio captions beat pivoting (Table 3, AC)", "+AT AC", "vip-AnT", "a2t_r1"),
+    ("mined audio captions beat random ones (AC, RC)", "+AT AC", "+AT RC", "a2t_r1"),
+    ("captions of sounds beat generated ones (AC, FC)", "+AT AC", "+AT FC", "a2t_r1"),
+    ("generated captions beat those of pictures (FC, VC)", "+AT FC", "+AT VC", "a2t_r1"),
+    ("gold captions beat all mined ones (GC, AC)", "+AT GC", "+AT AC", "a2t_r1"),
+    ("gold captions beat gold labels (GC, GL)", "+AT GC", "+AT GL", "a2t_r1"),
+    ("a few gold pairs beat none (§4.2)", "+AT GC 5 %", "vip-AnT", "a2t_r1"),
+    ("captions alone beat captions and frames (App. E)", "+AT GC", "+VAT GC", "a2t_r1"),
+    ("pivoting is better from sound to text than back (App. G)", "vip-AnT", "vip-AnT", ("a2t_r1", "t2a_r1")),
+    ("a prompt helps classification (§4.1)", "vip-AnT", "vip-AnT", ("prompt", "no prompt")),
+]
+
+
+def command(*parts):
+    """Run one of our scripts as a user would, its output into the terminal. Raises ValueError where it fails."""
+    print(f"\n$ python {' '.join(map(str, parts))}", flush=True)
+    script = Path(__file__).with_name(str(parts[0]))
+    if subprocess.run([sys.executable, script, *map(str, parts[1:])], check=False).returncode:
+        raise ValueError(f"this failed: python {' '.join(map(str, parts))}; mend it and run the ladder again")
+
+
+def climb(ladder, seed):
+    """All rows with one seed -> {row: {metric: %}}."""
+    out, clip = Path(ladder.out) / f"seed{seed}", ["--clip", TOY.clip, "--vocab", TOY.vocab]
+    start = out / "vip-AnT/checkpoint.pt"
+    rows = {"VA-Rand": ["pretrain.py", "--data", "toy", "--init", "random"], "vip-AnT": ["pretrain.py", "--data", "toy"]}
+    tune = ["finetune.py", "--data", "toy", "--start", start]
+    rows |= {f"+AT {source.upper()}": [*tune, "--source", source] for source in ("ac", "fc", "vc", "rc", "gl", "gc")}
+    rows["+VAT GC"] = [*tune, "--source", "gc", "--objective", "vat"]
+    for name, pairs in FEW.items():
+        rows[f"+AT GC {name}"] = [*tune, "--source", "gc", "--pairs", pairs, "--epochs", 6 if pairs > 100 else 20]
+    results = {}
+    for row, parts in rows.items():
+        place = out / row.replace(" ", "").replace("%", "")
+        if not (place / "toy.json").exists():
+            source = parts[parts.index("--source") + 1] if "--source" in parts else ""
+            if source and not Path(f"data/toy/{source}.jsonl").exists():
+                command("curate.py", "--data", "toy", "--source", source)
+            command(*parts, "--seed", seed, "--out", place)
+            if not (place / "toy.json").exists():  # pre-training has measured itself
+                command("evaluate.py", "--task", "toy", "--checkpoint", place / "checkpoint.pt", *clip)
+        measured = json.loads((place / "toy.json").read_text())["results"]
+        values = {metric: value[0] if isinstance(value, list) else value
+                  for metric, value in measured["audio-text"]["values"]["no prompt"].items()}
+        results[row] = values | {variant: measured["zero-shot labels"]["values"][variant]["accuracy"][0]
+                                 for variant in ("prompt", "no prompt")}
+    return results
+
+
+def mean_and_spread(values):
+    return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
+
+
+def run_ladder(ladder):
+    """Climb with every seed, print the table with its spread, and for each claim of the paper whether it holds here."""
+    began = time.time()
+    runs = [climb(ladder, seed) for seed in range(ladder.seeds)]
+    columns = {"a2t_r1": "audio->text R@1", "a2t_r10": "R@10", "t2a_r1": "text->audio R@1", "t2a_r10": "R@10",
+               "prompt": "labels, prompt", "no prompt": "no prompt"}
+    print(f"\nthe toy world, {ladder.seeds} seed(s), mean ± std in %; {(time.time() - began) / 60:.1f} min")
+    table(["", *columns.values()], [[row, *(mean_and_spread([run[row][metric] for run in runs]) for metric in columns)]
+                                    for row in runs[0]])
+    print("\nwhat the paper finds, and whether it holds here (difference in points; in how many seeds it is positive)")
+    lines = []
+    for claim, better, worse, metric in CLAIMS:
+        one, other = metric if isinstance(metric, tuple) else (metric, metric)
+        gaps = [run[better][one] - run[worse][other] for run in runs]
+        positive = sum(gap > 0 for gap in gaps)
+        verdict = "holds" if positive == len(gaps) else "does not hold" if positive == 0 else "unclear"
+        lines.append([claim, mean_and_spread(gaps), f"{positive} of {len(gaps)}", verdict])
+    table(["", "difference", "seeds", ""], lines)
+    Path(ladder.out, "ladder.json").write_text(json.dumps({"runs": runs, "versions": versions()}, indent=1) + "\n")
+
+
+# ----------------------------------------------------------------------------------- the command
+
+def main():
+    if sys.argv[1:2] == ["ladder"]:
+        run_ladder(parse(Ladder(), {}, sys.argv[2:], "Every row of the paper's tables on the toy world."))
+        return
+    settings = parse(Settings(), PRESETS, description=__doc__)
+    if bool(settings.source) == bool(settings.head):
+        raise ValueError("either --source (train on captions) or --head (train on labels) is needed")
+    device = start_ranks()
+    settings.check()
+    if settings.head:
+        finetune_on_labels(settings, device)
+    else:
+        finetune_on_captions(settings, device)
+
+
+if __name__ == "__main__":
+    run(main)
