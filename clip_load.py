@@ -233,7 +233,8 @@ class ArchiveReader(pickle.Unpickler):
     """Reads the pickle inside a PyTorch zip file and can only ever build tensors, containers and Records.
 
     Neither pickle's own loading nor TorchScript's is used: both can run what the file says. Here nothing runs: every
-    name but those below becomes a Record, and a name that weights have no use for is refused besides.
+    name but those below becomes a Record, and a name that weights have no use for is refused besides. (That is all
+    it promises: a file made to waste time or memory still can.)
     """
     def __init__(self, archive, folder):
         super().__init__(archive.open(folder + "data.pkl"))
@@ -275,6 +276,8 @@ def read_archive(path):
     """
     try:
         with zipfile.ZipFile(path) as archive:
+            if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+                raise ValueError("it is compressed, which PyTorch's files never are")  # a small file could fill memory
             entry = next((name for name in archive.namelist() if name.endswith("/data.pkl")), None)
             if entry is None:
                 raise ValueError("no data.pkl in it")
@@ -394,12 +397,17 @@ def import_vipant(path, clip, mels=128, stride=(16, 24)):
         log_scale = next((value for key, value in loss.items() if key.endswith("logit_scale")), math.log(1 / 0.07))
         learner = {f"audio_encoder.{key}": value for key, value in encoder.state_dict().items()}
         learner["log_scale"] = torch.as_tensor(log_scale).float().reshape(())
-        eye = image.get("post_encoder.proj")
+        if not all(value.isfinite().all() for value in learner.values()):
+            raise ValueError("its weights are not finite")
+        eye, visual = image.get("post_encoder.proj"), clip.visual
+        sizes = (visual.config["patch"], visual.config["width"], visual.proj.shape[1])
+        if (patch, C, encoder.proj.shape[1]) != sizes or (
+                eye is not None and not torch.allclose(eye.float(), visual.proj.cpu(), atol=1e-3)):
+            raise ValueError("it was trained against another CLIP; name its weights with --clip")
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, IndexError) as error:
         raise ValueError(f"{path}: not a checkpoint of the authors' ({type(error).__name__}: {error})") from None
-    if encoder.proj.shape[1] != clip.visual.proj.shape[1] or (
-            eye is not None and not torch.allclose(eye.float(), clip.visual.proj.cpu(), atol=1e-3)):
-        raise ValueError(f"{path}: was trained against another CLIP; name its weights with --clip")
+    if eye is None:
+        print(f"{path} does not hold the CLIP it was trained against; that it was this one can't be verified")
     front_end = {"sample_rate": 44_100, "mels": mels, "frames": frames, "mean": -4.93839311, "std": 5.75751113}
     return {"encoder": encoder.config, "learner": learner, "front_end": front_end}
 

@@ -117,7 +117,7 @@ def shortlist(queries, captions, size, columns):
     best = queries.new_empty(len(queries), 0)
     index = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
     for start in range(0, len(captions), columns):
-        part = torch.from_numpy(captions[start:start + columns]).to(queries.device).float()          # (columns, D)
+        part = torch.from_numpy(captions[start:start + columns].astype(np.float32)).to(queries.device)
         cosine, found = (queries @ part.T).topk(min(size, len(part)), dim=1)
         best, index = torch.cat([best, cosine], 1), torch.cat([index, found + start], 1)
         best, keep = best.topk(min(size, best.shape[1]), dim=1)                                      # (b, size)
@@ -140,7 +140,7 @@ def top_captions(images, captions, k, columns=16_384, device="cpu"):
     is done again in float64 over all captions. So the result depends on no block size and no device.
     """
     error = 2 * images.shape[1] * 2.0 ** -23  # of a dot product of unit vectors in fp32, TF32's truncation included
-    queries = torch.from_numpy(images).to(device).float()                                            # (b, D)
+    queries = torch.from_numpy(images.astype(np.float32)).to(device)                                 # (b, D)
     fast, index = shortlist(queries, captions, min(k + SPARE, len(captions)), columns)
     cosines, indices = np.empty((len(images), k), np.float32), np.empty((len(images), k), np.int64)
     for start in range(0, len(images), 128):
@@ -275,7 +275,7 @@ def curate(settings, device):
     index = folder / f"{source}.jsonl"
     if mined:
         pool = caption_pool(source, folder)
-        clips = training_clips(folder, settings.leave_out)
+        clips, train_on = training_clips(folder, settings.leave_out)
         clip = load_clip(cached(settings.clip) if settings.clip in MODELS else settings.clip, device)
         tokenizer = Tokenizer(settings.vocab, clip.context_length)
         clip_id = fingerprint(clip)
@@ -289,6 +289,8 @@ def curate(settings, device):
                                 settings.columns, made_of)
 
         def found(i):
+            if not train_on[i]:
+                return [], []
             order, scores = union(cosines[frames.of(i)], indices[frames.of(i)], settings.threshold)
             return [pool[j] for j in order], scores
 
@@ -298,7 +300,7 @@ def curate(settings, device):
                  f"{sum(len(frames.of(i)) == 0 for i in range(len(clips)))} clips without a readable frame"]
     else:
         clips = with_captions(source, gold_clips(folder), folder, settings.seed)
-        notes = []
+        notes, train_on = [], [True] * len(clips)
 
         def found(i):
             return clips[i].captions, None
@@ -307,7 +309,7 @@ def curate(settings, device):
         kept, pairs = write_index(index, clips, map(found, range(len(clips))))
         if not kept:
             raise ValueError(f"no clip has a caption with a cosine of {settings.threshold} or more; lower --threshold")
-        print(f"{index}: {kept} of {len(clips)} clips with captions, {pairs} pairs (paper: {PAPER_PAIRS[source]} pairs)"
+        print(f"{index}: {kept} of {sum(train_on)} clips with captions, {pairs} pairs (paper: {PAPER_PAIRS[source]})"
               + "".join(f", {note}" for note in notes))
         if settings.preview:
             preview(index.with_suffix(".png"), clips, found, settings.preview)

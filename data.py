@@ -9,6 +9,7 @@ B  batch     S  samples of a waveform     T  frames of 10 ms     F  mel bins    
 import argparse
 import csv
 import gzip
+import itertools
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import re
 import shutil
 import sys
 import warnings
+from collections import Counter
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache, partial
@@ -478,8 +480,8 @@ def add_labels(clips, folder):
     return [replace(clip, labels=labels.get((youtube_id(clip.id) or [""])[0], ())) for clip in clips]
 
 
-def leave_out_audiocaps(clips, folder):
-    """Training clips without those whose video is in AudioCaps' val or test set -> (clips kept, number left out).
+def tested_by_audiocaps(clips, folder):
+    """Which clips' videos are in AudioCaps' val or test set, so that training leaves them out -> list of bool.
 
     Raises FileNotFoundError where the clips are YouTube's and AudioCaps' tables are not in `folder`.
     """
@@ -491,8 +493,7 @@ def leave_out_audiocaps(clips, folder):
                                 f"out of training. Get the tables (https://github.com/cdjkim/audiocaps) or pass "
                                 f"--leave-out none")
     held_out = {segment.video for table in tables if not missing for segment in read_segments(table)}
-    kept = [clip for clip, video in zip(clips, videos) if video not in held_out]
-    return kept, len(clips) - len(kept)
+    return [video in held_out for video in videos]
 
 
 @dataclass(frozen=True)
@@ -923,15 +924,24 @@ def free_caption(rng):
 
 
 def write_toy_vocabulary(path):
-    """A vocabulary in CLIP's format whose merges spell the toy's words, so that each word is one token."""
-    rng, words = np.random.default_rng(0), set()
+    """A vocabulary in CLIP's format: byte-pair merges learned from the toy's captions until each word is one token."""
+    rng, words = np.random.default_rng(0), {}
     for thing in THINGS:
         texts = [vision_caption(thing, size, dark, rng)
                  for size in ("small", "large") for dark in (0, 1) for _ in range(9)]
-        texts += [free_caption(rng) for _ in range(9)]
-        words.update(" ".join(texts + audio_captions(thing, True) + audio_captions(thing, False)).split())
-    merges = dict.fromkeys((word[:i], word[i] + ("</w>" if i == len(word) - 1 else ""))
-                           for word in sorted(words) for i in range(1, len(word)))
+        texts += [free_caption(rng) for _ in range(9)] + ["the sound of", "a photo of"]
+        for word in " ".join(texts + audio_captions(thing, True) + audio_captions(thing, False)).split():
+            words[word] = [*word[:-1], word[-1] + "</w>"]                            # its units so far
+    merges = []
+    while pairs := Counter(pair for units in words.values() for pair in itertools.pairwise(units)):
+        best = max(sorted(pairs), key=pairs.get)
+        merges.append(best)
+        for word, units in words.items():
+            merged = []
+            while units:
+                take = 2 if tuple(units[:2]) == best else 1
+                merged, units = [*merged, "".join(units[:take])], units[take:]
+            words[word] = merged
     with gzip.open(path, "wt", encoding="utf-8") as file:
         file.write("#version: toy\n" + "".join(f"{left} {right}\n" for left, right in merges))
 

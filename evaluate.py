@@ -28,6 +28,7 @@ import soundfile
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
 from clip_load import Tokenizer, fingerprint, lengthen, load_clip
 from data import (
@@ -40,10 +41,13 @@ from data import (
     dataset_folder,
     find_files,
     load_image,
+    read_segments,
     read_split,
+    youtube_id,
 )
 from pretrain import (
     audio_encoder_of,
+    barrier,
     embed_all,
     load_checkpoint,
     ranks,
@@ -90,20 +94,28 @@ def retrieval_metrics(audio, captions, captions_per_clip=5):
     return result
 
 
-def average_precision(scores, target, weights=None):
-    """Area under each class's precision-recall steps: scores (N, K), target (N, K) bool -> (K,), NaN without positives.
+def ranking(scores, target):
+    """Each class's clips from the best on, whether they are positive, for each place the last of the same score.
 
-    Clips with equal scores are ranked together. weights: (N,) how often each clip counts, once by default.
+    Scores (N, K), target (N, K) bool -> 3 × (N, K): what does not change from one resampling to the next.
     """
     order = scores.argsort(0, descending=True)                                        # (N, K)
     ranked = scores.gather(0, order)
-    weight = torch.ones(len(scores)) if weights is None else weights.float()
-    weight = weight[order]                                                            # (N, K)
-    positive = target.gather(0, order) * weight
     last = torch.ones_like(ranked, dtype=torch.bool)                                  # the end of a run of equal scores
     last[:-1] = ranked[:-1] != ranked[1:]
     place = torch.arange(len(scores))[:, None].expand_as(ranked)
     end = torch.where(last, place, len(scores)).flip(0).cummin(0).values.flip(0)      # (N, K)
+    return order, target.gather(0, order), end
+
+
+def average_precision(order, positive, end, weights=None):
+    """Area under each class's precision-recall steps, from its `ranking` -> (K,), NaN without positives.
+
+    Clips with equal scores are ranked together. weights: (N,) how often each clip counts, once by default.
+    """
+    weight = torch.ones(len(order)) if weights is None else weights.float()
+    weight = weight[order]                                                            # (N, K)
+    positive = positive * weight
     precision = positive.cumsum(0).gather(0, end) / weight.cumsum(0).gather(0, end).clamp(min=1e-9)
     return (precision * positive).sum(0) / positive.sum(0)                            # (K,)
 
@@ -135,17 +147,32 @@ def interval(values, draws=1000):
 
 
 def mean_average_precision(scores, target, draws=100):
-    """(N, K) scores, (N, K) bool -> mAP in % over the classes that have a clip: [mAP, low, high], and APs (K,).
+    """(N, K) scores, (N, K) bool -> mAP in % over the classes that have a clip, [mAP, low, high]; and APs (K,).
 
     Drawing clips twice makes ranking easier, so resampled mAPs lie too high; the interval is mirrored at the mAP
-    (the "basic" bootstrap), which takes that back: with 40 clips a class it held the truth 9 times of 10.
+    (the "basic" bootstrap), which takes that back: with 40 clips a class it held the truth 9 times of 10. With fewer
+    than 20 it does not, and the mAP comes without an interval.
     """
-    precision = average_precision(scores, target)
+    ranks = ranking(scores, target)
+    precision = average_precision(*ranks)
     value = precision.nanmean().item()
-    drawn = torch.tensor([average_precision(scores, target, weights).nanmean().item()
-                          for weights in resamples(len(scores), draws)])
+    if target.sum() < 20 * target.any(0).sum():
+        return 100 * value, precision
+    drawn = torch.tensor([average_precision(*ranks, weights).nanmean().item()
+                          for weights in tqdm(resamples(len(scores), draws), desc="interval", leave=False)])
     low, high = drawn.quantile(torch.tensor([0.025, 0.975])).tolist()
-    return [100 * value, 100 * max(0.0, 2 * value - high), 100 * min(1.0, 2 * value - low)], precision
+    low, high = max(0.0, min(value, 2 * value - high)), min(1.0, max(value, 2 * value - low))
+    return [100 * value, 100 * low, 100 * high], precision
+
+
+def chance_map(target):
+    """Expected mAP in % of scores drawn blindly for target (N, K) bool: more than the share of positives.
+
+    With p positives of n, a positive at rank r has precision (1 + (r-1)(p-1)/(n-1)) / r on average; averaged over r.
+    """
+    n, p = len(target), target.sum(0)[target.any(0)].double()                         # (), (classes with a clip,)
+    harmonic = (1 / torch.arange(1, n + 1).double()).sum()
+    return 100 * (((p - 1) / max(1, n - 1) * (n - harmonic) + harmonic) / n).mean().item()
 
 
 # --------------------------------------------------------------------------------------- model
@@ -156,9 +183,12 @@ class Model:
     def __init__(self, path, clip=None, vocab=None, device="cpu", workers=2):
         checkpoint = load_checkpoint(path, STAGES)
         self.path, self.stage, self.device, self.workers = str(path), checkpoint["stage"], device, workers
-        self.encoder, self.front_end = audio_encoder_of(checkpoint)
+        try:
+            self.encoder, self.front_end = audio_encoder_of(checkpoint)
+            made_with, settings, scale = checkpoint["clip"], checkpoint["settings"], checkpoint["learner"]["log_scale"]
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{path}: not a whole checkpoint ({type(error).__name__}: {error})") from None
         self.encoder.to(device)
-        made_with = checkpoint["clip"]
         self.clip = load_clip(clip or made_with["weights"], device)
         if fingerprint(self.clip) != made_with["fingerprint"]:
             raise ValueError(f"{clip or made_with['weights']}: not the CLIP that {path} was trained against; its "
@@ -168,11 +198,12 @@ class Model:
             raise ValueError(f"{vocab or made_with['vocab']}: {self.tokenizer.vocab_size} tokens, this CLIP has "
                              f"{self.clip.token_embedding.num_embeddings}; name the right one with --vocab")
         self.dimensions = self.clip.visual.proj.shape[1]
-        self.log_scale = checkpoint["learner"]["log_scale"].item()
-        init = checkpoint["settings"].get("init")
+        self.log_scale = scale.item()
+        source, init = settings.get("source", ""), settings.get("init")
+        row = f"+AT {source.upper()}" if source else "VA-Rand" if init == "random" else "vip-AnT"
         self.identity = {"checkpoint": self.path, "stage": self.stage, "step": checkpoint["step"],
                          "steps": checkpoint["steps"], "init": init, "weights": fingerprint(self.encoder),
-                         "clip": made_with["fingerprint"], "row": "VA-Rand" if init == "random" else "vip-AnT"}
+                         "clip": made_with["fingerprint"], "row": row}
         self.known = {}  # embeddings that an earlier task of the same run needed too
 
     def longer(self, factor):
@@ -187,7 +218,10 @@ class Model:
         """Unit embeddings (N, D) of files and which could be read (N,); kept in memory for the next task."""
         key = (kind, tuple(items))
         if key not in self.known:
-            self.known[key] = embed_all(items, read, encode, self.dimensions, self.device, self.workers, kind)
+            embedded, ok = embed_all(items, read, encode, self.dimensions, self.device, self.workers, kind)
+            if not embedded[ok].isfinite().all():
+                raise ValueError(f"{self.path}: an embedding is not finite; the checkpoint's weights are broken")
+            self.known[key] = embedded, ok
         return self.known[key]
 
     def sounds(self, items, load=None):
@@ -217,15 +251,29 @@ class Model:
 # A task returns {part: result}; a result holds "protocol" (what was measured on), "chance" and
 # "values" {variant: {metric: [value, low, high] in %}}. Each is a table on the screen.
 
+class NothingThere(ValueError):
+    """None of a dataset's clips is on disk; `missing` has their ids."""
+
+    def __init__(self, message, missing):
+        super().__init__(message)
+        self.missing = missing
+
+
 def load(model, name, folder, split="test", need=("audio",)):
-    """A dataset's clips whose files are there -> (list of Clip, what to say of them). Raises ValueError if none is."""
-    clips = read_split(name, folder, split, need)
+    """A dataset's clips that are on disk -> (list of Clip, what to say of them). Raises NothingThere, ValueError."""
+    clips = read_split(name, folder, split, need=())
     here = [clip for clip in clips if all(getattr(clip, key) for key in need)
             and ("audio" not in need or os.path.exists(clip.audio))]
+    missing, table_file = [clip.id for clip in clips], READERS[name].table(Path(folder), split)
+    if name in ("audioset", "audiocaps") and table_file.exists():  # an index holds but what was found
+        found = {(youtube_id(clip.id) or [None])[0] for clip in clips}
+        missing += [segment.id for segment in read_segments(table_file) if segment.video not in found]
+    listed = len(missing)
     if not here:
-        raise ValueError(f"not one of {len(clips)} clips has its {' and '.join(need)} on disk, for example "
-                         f"{clips[0].audio or clips[0].id}; is the dataset unpacked in {folder}?")
-    ids = {clip.id for clip in here}
+        raise NothingThere(f"not one of {listed} clips has its {' and '.join(need)} on disk, for example "
+                           f"{clips[0].audio or clips[0].id}; is the dataset unpacked in {folder}?", missing)
+    there = {clip.id for clip in here}
+    missing = [clip for clip in missing if clip not in there]
     try:  # the paper hears so much of a clip; who hears less is measured on another task
         whole = min(READERS[name].seconds, soundfile.info(here[0].audio).duration)
     except (OSError, RuntimeError, TypeError):
@@ -234,9 +282,8 @@ def load(model, name, folder, split="test", need=("audio",)):
         raise ValueError(f"{model.path} hears {model.front_end.seconds:.1f} s at {model.front_end.sample_rate} Hz, and "
                          f"{whole:g} s of a clip of {name} count: its front end does not fit. Use a checkpoint with at "
                          f"least {round(100 * whole)} frames (pretrain.py --frames)")
-    protocol = {"data": str(folder), "split": split, "listed": len(clips),
-                "missing": [clip.id for clip in clips if clip.id not in ids],
-                "published": READERS[name].table(Path(folder), split).exists()}
+    protocol = {"data": str(folder), "split": split, "listed": listed, "missing": missing,
+                "published": table_file.exists()}
     return here, protocol | ({"seconds": model.front_end.seconds} if "audio" in need else {})
 
 
@@ -282,9 +329,11 @@ def retrieval(model, clips, features, protocol):
 def classification(model, name, folder):
     """Zero-shot accuracy: argmax cos(audio, text of the label) (Eq. 5), by class and by published fold."""
     clips, protocol = load(model, name, folder, need=("audio", "labels"))
-    labels = sorted({clip.labels[0] for clip in clips})
+    listed = read_split(name, folder, need=("labels",))  # a class counts although its sounds may not be on disk
+    labels = sorted({clip.labels[0] for clip in listed})
     audio, heard = model.audio(clips)
     clips, (audio,), protocol = kept([audio], clips, protocol, heard)
+    protocol["published"] &= len(labels) == PAPER_CLASSES[name]
     target = torch.tensor([labels.index(clip.labels[0]) for clip in clips])           # (N,)
     fold = torch.tensor([clip.fold for clip in clips])                                # (N,)
     result = {"protocol": protocol | {"classes": len(labels), "folds": len(fold.unique())},
@@ -336,17 +385,21 @@ def task_us8k(model, folder):
 def task_audioset(model, folder):
     """AudioSet's eval set: mean average precision over its classes, each clip with several (Table 4)."""
     clips, protocol = load(model, "audioset", folder, need=("audio", "labels"))
-    names = (folder / CLASS_NAMES).exists() and class_names(folder)
-    labels = list(names.values()) if names else sorted({label for clip in clips for label in clip.labels})
+    known = (folder / CLASS_NAMES).exists()
+    labels = list(class_names(folder).values()) if known else sorted({label for clip in clips for label in clip.labels})
+    strange = {label for clip in clips for label in clip.labels} - set(labels)
+    if strange:
+        raise ValueError(f"{folder}: a clip's label {min(strange)!r} is not in {CLASS_NAMES}")
+    protocol["published"] &= len(labels) == PAPER_CLASSES["audioset"]
     audio, heard = model.audio(clips)
     clips, (audio,), protocol = kept([audio], clips, protocol, heard)
     number = {label: k for k, label in enumerate(labels)}
     target = torch.zeros(len(clips), len(labels), dtype=torch.bool)                   # (N, K)
     for i, clip in enumerate(clips):
-        target[i, [number[label] for label in clip.labels if label in number]] = True
+        target[i, [number[label] for label in clip.labels]] = True
     tested = target.any(0)
     result = {"protocol": protocol | {"classes": len(labels), "classes without a clip": int((~tested).sum())},
-              "chance": {"map": 100 * target[:, tested].float().mean().item()}, "values": {}, "by class": {}}
+              "chance": {"map": chance_map(target)}, "values": {}, "by class": {}}
     for variant, prompt in PROMPTS.items():
         value, precision = mean_average_precision(audio @ model.texts(labels, prompt).T, target)
         result["values"][variant] = {"map": value}
@@ -425,6 +478,7 @@ PAPER_CLASSIFICATION = {  # with and without the prompt: ESC-50, US8K, AudioSet
     "+AT VC": ((61.9, 58.0), (52.7, 50.3), (8.9, 10.7)), "+AT RC": ((51.6, 36.1), (42.3, 28.5), (4.1, 4.6)),
     "+AT GL": ((67.2, 64.5), (62.6, 61.0), (15.4, 18.9)), "+AT GC": ((69.5, 64.2), (71.9, 67.1), (13.3, 13.6)),
 }
+PAPER_CLASSES = {"esc50": 50, "us8k": 10, "audioset": 527}
 PAPER_CLIPS = {"audiocaps": 860, "oracle": 860, "clotho": 1045, "esc50": 2000, "us8k": 8732, "audioset": 16_416}
 ORACLE = (4.8, 27.8, 6.6, 31.2)  # OracleAV-CLIP on AudioCaps
 RETRIEVED = ("t2a_r1", "t2a_r10", "a2t_r1", "a2t_r10")
@@ -526,8 +580,8 @@ def compare(runs):
             print(f"  pivotable with {name}, not with {runs[0][0]}: {', '.join(sorted(categories - found[0]))}")
 
 
-def by_class(runs, folder, chart_only):
-    """Per-class numbers (with the prompt) as a table, and as a bar chart in `folder` (Fig. 6, 12)."""
+def by_class(runs, place, chart_only):
+    """Per-class numbers (with the prompt) as a table, and as a bar chart <place><part>_classes.png (Fig. 6, 12)."""
     for part in {part: None for *_, results in runs for part, result in results.items() if "by class" in result}:
         scores = {name: results[part]["by class"]["prompt"] for name, _, results in runs if part in results}
         first = next(iter(scores.values()))
@@ -546,8 +600,8 @@ def by_class(runs, folder, chart_only):
         axes.set_xticks(np.arange(len(few)) + 0.4, few, rotation=90)
         axes.set(ylabel="average precision (%)" if part == "audioset" else "accuracy (%)", title=part)
         axes.legend(fontsize="small")
-        figure.savefig(folder / f"{part}_classes.png", dpi=150)
-        print(f"{part} by class: {folder / f'{part}_classes.png'}")
+        figure.savefig(f"{place}{part}_classes.png", dpi=150)
+        print(f"{part} by class: {place}{part}_classes.png")
 
 
 # ---------------------------------------------------------------------------- a user's own sounds
@@ -561,6 +615,8 @@ def windows(path, seconds):
         length = soundfile.info(path).duration
     except (OSError, RuntimeError, TypeError) as error:
         raise Unreadable(f"{path}: can't be read as audio ({error})") from None
+    if not 0 < length < 1e6:  # a week and a half; streamed files may not know their length
+        raise Unreadable(f"{path}: says it lasts {length:g} s; was it cut off? Copying it with an audio tool may help")
     last = max(0.0, length - seconds)
     return [*np.arange(0, last, seconds / 2).tolist(), last]
 
@@ -573,36 +629,51 @@ def hear(model, paths, cache):
     places, heard = {}, []
     cache.mkdir(parents=True, exist_ok=True)
     for path in paths:
-        stat = os.stat(path)
+        try:
+            stat = os.stat(path)
+        except OSError as error:
+            say(f"skipped: {path}: {error.strerror}", file=sys.stderr)
+            continue
         made_of = (os.path.realpath(path), stat.st_size, stat.st_mtime_ns, model.identity["weights"], model.front_end)
         places[path] = cache / (hashlib.sha256(repr(made_of).encode()).hexdigest()[:32] + ".npy")
-    todo, batch = [path for path in paths if not places[path].exists()], []
+    todo, batch, fresh = [path for path in places if not places[path].exists()], [], {}
     for path in todo:
         try:
             batch += [(path, start) for start in windows(path, model.front_end.seconds)]
         except Unreadable as error:
-            print(f"skipped: {error}", file=sys.stderr)
+            say(f"skipped: {error}", file=sys.stderr)
         if batch and (len(batch) >= 1024 or path == todo[-1]):
             embedded, ok = model.sounds(batch, model.front_end.load_window)
             for name in dict.fromkeys(name for name, _ in batch):
-                rows = [i for i, (other, _) in enumerate(batch) if other == name and ok[i]]
+                own = [i for i, (other, _) in enumerate(batch) if other == name]
+                rows = [i for i in own if ok[i]]
                 starts = torch.tensor([batch[i][1] for i in rows]).view(-1, 1)
-                with open(f"{places[name]}.{os.getpid()}", "wb") as file:
-                    np.save(file, torch.cat([starts, embedded[rows]], 1).float().numpy())  # (W, 1 + D)
-                os.replace(file.name, places[name])
+                fresh[name] = torch.cat([starts, embedded[rows]], 1).float()          # (W, 1 + D)
+                if len(rows) == len(own) and ranks()[0] == 0:  # what could not be read is tried again next time
+                    with open(f"{places[name]}.{os.getpid()}", "wb") as file:
+                        np.save(file, fresh.pop(name).numpy())
+                    os.replace(file.name, places[name])
             batch, model.known = [], {}
-    for path in paths:
-        if places[path].exists():
-            content = torch.from_numpy(np.load(places[path]))                         # (W, 1 + D)
+    barrier()
+    for path, place in places.items():
+        if path in fresh or place.exists():
+            content = fresh[path] if path in fresh else torch.from_numpy(np.load(place))
             heard += [(path, content[:, 0].tolist(), content[:, 1:])] if len(content) else []
     if not heard:
         raise ValueError(f"nothing to listen to: not one of {len(paths)} files could be read")
     return heard
 
 
+def say(*words, file=None):
+    """Print on one rank; a file name that is no text is shown with escapes."""
+    if ranks()[0] == 0:
+        print(*(word.encode(errors="backslashreplace").decode() for word in words), file=file)
+
+
 def stretch(start, seconds):
-    """0:10-0:20"""
-    return "-".join(f"{int(time) // 60}:{time % 60:04.1f}" for time in (start, start + seconds))
+    """0:10.0-0:20.0"""
+    return "-".join(f"{tenths // 600}:{tenths % 600 / 10:04.1f}"
+                    for tenths in (round(10 * start), round(10 * (start + seconds))))
 
 
 def tag(model, paths, labels, cache):
@@ -610,11 +681,11 @@ def tag(model, paths, labels, cache):
     texts = model.texts(labels, PROMPT)                                               # (K, D)
     for path, starts, audio in hear(model, paths, cache):
         chances = (math.exp(model.log_scale) * audio @ texts.T).softmax(1)            # (W, K)
-        print(f"\n{path}")
+        say(f"\n{path}")
         for start, chance in zip(starts, chances):
             best = chance.argsort(descending=True)[:5].tolist()
-            print(f"  {stretch(start, model.front_end.seconds)}   "
-                  + ", ".join(f"{labels[k]} {100 * chance[k]:.0f} %" for k in best))
+            say(f"  {stretch(start, model.front_end.seconds)}   "
+                + ", ".join(f"{labels[k]} {100 * chance[k]:.0f} %" for k in best))
 
 
 def search(model, paths, queries, cache, top=10):
@@ -630,9 +701,9 @@ def search(model, paths, queries, cache, top=10):
                 found.append((cosines[i].item(), path, start))
             if len(found) == top:
                 break
-        print(f"\n{query}")
+        say(f"\n{query}")
         for cosine, path, start in found:
-            print(f"  {cosine:.3f}   {stretch(start, model.front_end.seconds)}   {path}")
+            say(f"  {cosine:.3f}   {stretch(start, model.front_end.seconds)}   {path}")
         answers.append(found)
     return answers
 
@@ -647,21 +718,35 @@ def recordings(places):
     paths = [path for place in places for path in (find_files(place, AUDIO) if os.path.isdir(place) else [place])]
     if not paths:
         raise ValueError(f"{', '.join(places)}: no audio file in it; looked for {', '.join(AUDIO)}")
-    return paths
+    return list({os.path.realpath(path): path for path in paths}.values())  # each once
 
 
-def measure(model, tasks, data):
-    """Run tasks on their datasets, or on the folder `data` -> results, what could not run {task: reason}."""
+def measure(model, tasks, data, save):
+    """Run tasks on their datasets, or on the folder `data` -> results, what could not run {task: reason}.
+
+    save(results, reasons) is called after each. Raises what a single task raises, ValueError where none could run.
+    """
     results, reasons = {}, {}
     for name in tasks:
         function, dataset = TASKS.get(name, (task_toy, "toy"))
         try:
             results |= function(model, dataset_folder(data or dataset))
-        except (FileNotFoundError, ValueError) as error:
+        except (OSError, ValueError) as error:
             if len(tasks) == 1:
                 raise
             reasons[name] = str(error)
+        if results:
+            save(results, reasons)
+    if not results:
+        raise ValueError("no task could run here. " + " ".join(f"{name}: {why}." for name, why in reasons.items()))
     return results, reasons
+
+
+def save_json(path, content):
+    """Write JSON under a temporary name, then rename it."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    os.replace(part, path)
 
 
 def main():
@@ -671,6 +756,7 @@ def main():
                                              "(out/audioset/pretrain/checkpoint.pt; for the toy out/toy/pretrain/…)")
     parser.add_argument("--compare", nargs="+", metavar="CHECKPOINT", help="several checkpoints, side by side")
     parser.add_argument("--data", help="the dataset's folder (data/<its name>)")
+    parser.add_argument("--out", help="folder for what is saved (the checkpoint's own)")
     parser.add_argument("--row", choices=PAPER_RETRIEVAL, help="the paper's row to print beside (the checkpoint's own)")
     parser.add_argument("--list-missing", metavar="FILE", help="write the ids of clips not on disk to this file")
     parser.add_argument("--audio", nargs="+", metavar="FILE", help="tag, search: recordings, or folders of them")
@@ -681,48 +767,71 @@ def main():
     parser.add_argument("--vocab", help="the tokenizer's vocabulary (the one the checkpoint names)")
     parser.add_argument("--workers", type=int, default=2, help="processes that decode")
     args = parser.parse_args()
-    if args.task in ("tag", "search") and not (args.audio and (args.labels if args.task == "tag" else args.query)):
+    labels = [label.strip() for label in (args.labels or "").split(",") if label.strip()]
+    own_sounds = args.task in ("tag", "search")
+    if own_sounds and not (args.audio and (labels if args.task == "tag" else args.query)):
         parser.error(f"--task {args.task} needs --audio and {'--labels' if args.task == 'tag' else '--query'}")
+    if args.compare and (args.checkpoint or own_sounds):
+        parser.error("--compare goes with neither --checkpoint nor tag nor search")
+    if args.top < 1:
+        parser.error("--top: at least 1")
     device = start_ranks()
     toy = args.task == "toy" or Path(args.data or "").name == "toy"
     paths = [Path(path) for path in
              args.compare or [args.checkpoint or f"out/{'toy' if toy else 'audioset'}/pretrain/checkpoint.pt"]]
-    if args.task in ("tag", "search"):
+    out = Path(args.out) if args.out else paths[0].parent
+    if args.out:
+        out.mkdir(parents=True, exist_ok=True)
+    if own_sounds:
         files, model = recordings(args.audio), Model(paths[0], args.clip, args.vocab, device, args.workers)
-        cache = paths[0].parent / "heard"
         if args.task == "tag":
-            tag(model, files, [label.strip() for label in args.labels.split(",") if label.strip()], cache)
+            tag(model, files, labels, out / "heard")
         else:
-            search(model, files, args.query, cache, args.top)
+            search(model, files, args.query, out / "heard", args.top)
         return
     tasks, runs = list(TASKS) if args.task == "all" else [args.task], []
     if args.task != "all":
         dataset_folder(args.data or TASKS.get(args.task, (task_toy, "toy"))[1])  # before the checkpoint is asked for
-    for path in paths:
-        model = Model(path, args.clip, args.vocab, device, args.workers)
-        results, reasons = measure(model, tasks, args.data)
+    models = [Model(path, args.clip, args.vocab, device, args.workers) for path in paths]  # what is broken shows now
+    missing = set()
+    for path, model in zip(paths, models):
         row = args.row or model.identity["row"]
         name, stem = (path.parent.name, "") if path.name == "checkpoint.pt" else (path.stem, f"{path.stem}.")
-        runs.append((str(path) if name in [other for other, *_ in runs] else name, row, results))
+        name = str(path) if name in [other for other, *_ in runs] else name
+        saved = (out if args.out else path.parent) / f"{f'{name}.' if args.out and not stem else stem}{args.task}.json"
+
+        def save(results, reasons, model=model, saved=saved):
+            if ranks()[0] == 0:
+                save_json(saved, {"task": args.task, "model": model.identity, "versions": versions(),
+                                  "results": results, "not measured": reasons})
+
+        try:
+            results, reasons = measure(model, tasks, args.data, save)
+        except NothingThere as error:
+            list_missing(args.list_missing, error.missing)
+            raise
+        missing |= {clip for result in results.values() for clip in result["protocol"]["missing"]}
+        list_missing(args.list_missing, missing)
+        runs.append((name, row, results))
         if ranks()[0] == 0:
             print(f"\n{path}: {model.identity['stage']}, step {model.identity['step']} of {model.identity['steps']}")
             show(results, row)
             for task, reason in reasons.items():
                 print(f"\n{task}: not measured. {reason}")
-            saved = path.with_name(f"{stem}{args.task}.json")
-            saved.write_text(json.dumps({"task": args.task, "model": model.identity, "versions": versions(),
-                                         "results": results, "not measured": reasons}, indent=1) + "\n")
             print(f"\nsaved in {saved}")
-    if ranks()[0] == 0 and any(results for *_, results in runs):
+    if ranks()[0] == 0:
         if args.task != "toy":
-            by_class(runs, paths[0].parent, chart_only=args.task == "all")
+            stem = "" if paths[0].name == "checkpoint.pt" else f"{paths[0].stem}."
+            by_class(runs, f"{out}/{stem}", chart_only=args.task == "all")
         if len(runs) > 1 or args.task == "all":
             compare(runs)
-        if args.list_missing:
-            missing = {clip for *_, results in runs for result in results.values()
-                       for clip in result["protocol"]["missing"]}
-            Path(args.list_missing).write_text("".join(f"{clip}\n" for clip in sorted(missing)))
-            print(f"{len(missing)} missing clips listed in {args.list_missing}")
+
+
+def list_missing(path, clips):
+    """Write ids of missing clips to a file, a line each."""
+    if path and ranks()[0] == 0:
+        Path(path).write_text("".join(f"{clip}\n" for clip in sorted(clips)))
+        print(f"{len(clips)} missing clips listed in {path}")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from data import (
     read_index,
     read_split,
 )
-from evaluate import average_precision, retrieval_metrics, table
+from evaluate import average_precision, ranking, retrieval_metrics, table
 from model import VisionTransformer
 from pretrain import (
     TOY,
@@ -71,7 +71,7 @@ class Settings(Training):
     source: str = setting("", "train on captions: which of curate.py's pairs", ["ac", "fc", "vc", "rc", "gl", "gc"])
     head: str = setting("", "train on labels: whose", ["esc50", "esc10", "us8k", "audioset-balanced", "audioset"])
     data: str = setting("", "folder of the clips; empty: where curate.py puts the source, or the head's dataset")
-    start: str = setting("out/audioset/pretrain/checkpoint.pt", "a checkpoint, or clip or random weights", free=True)
+    init: str = setting("out/audioset/pretrain/checkpoint.pt", "start from: a checkpoint, clip or random weights")
     objective: str = setting("at", "at: audio and captions; vat: audio and frames too", ["at", "vat"])
     pairs: int = setting(0, "the first so many pairs of a shuffle that depends on the seed alone; 0: all")
     batch: int = setting(64, "clips a step over all ranks")
@@ -105,9 +105,9 @@ PRESETS = {
                                  milestones="5e,9e,10e,11e,12e", **TAGGING),
     "audioset": replace(Settings(), head="audioset", batch=128, epochs=5,
                         milestones="7500,15000,20000,25000,35000,40000,45000,50000", **TAGGING),
-    "toy": replace(Settings(), data="toy", start="out/toy/pretrain/checkpoint.pt", epochs=6, warmup_epochs=0.5,
+    "toy": replace(Settings(), data="toy", init="out/toy/pretrain/checkpoint.pt", epochs=6, warmup_epochs=0.5,
                    lr_weights=2.0, lr_biases=4.8e-3, log_every=62, **SMALL),
-    "esc10": replace(Settings(), head="esc10", data="esc50", start="random", frames=500, mean=-6.0, std=4.5, patch=16,
+    "esc10": replace(Settings(), head="esc10", data="esc50", init="random", frames=500, mean=-5.71, std=5.91, patch=16,
                      width=128, layers=3, optimizer="adam", batch=32, epochs=40, warmup_epochs=4.0, lr_weights=1e-3,
                      lr_biases=1e-3, weight_decay=0.0, mixup=0.5, log_every=100, **SMALL),
 }
@@ -120,32 +120,32 @@ def starting_encoder(settings, clip):
 
     clip: CLIP for a start from its weights, or None. A checkpoint brings its front end along.
     """
-    if settings.start == "clip":
+    if settings.init == "clip":
         strides = (settings.stride_time, settings.stride_mel)
         return audio_encoder_from_clip(clip, settings.frames, settings.mels, strides), settings.front_end, None
-    if settings.start == "random":
+    if settings.init == "random":
         torch.manual_seed(settings.seed)
         encoder = VisionTransformer((settings.frames, settings.mels), settings.patch,
                                     (settings.stride_time, settings.stride_mel), channels=1, width=settings.width,
                                     layers=settings.layers, heads=settings.width // 64, output_dim=512)
         return encoder, settings.front_end, None
-    checkpoint = load_checkpoint(settings.start, ["pretrain", "finetune"])
+    checkpoint = load_checkpoint(settings.init, ["pretrain", "finetune"])
     encoder, front_end = audio_encoder_of(checkpoint)
     return encoder, front_end, checkpoint["learner"]["log_scale"]
 
 
 def clip_of(settings, device):
-    """The CLIP whose texts and frames are the targets: the start's own -> model, path of weights, path of vocabulary."""
+    """The CLIP whose texts and frames are the targets, the start's own -> model, paths of weights and vocabulary."""
     weights, vocab, wanted = settings.clip, settings.vocab, None
-    if settings.start not in ("clip", "random"):
-        made_with = load_checkpoint(settings.start, ["pretrain", "finetune"])["clip"]
+    if settings.init not in ("clip", "random"):
+        made_with = load_checkpoint(settings.init, ["pretrain", "finetune"])["clip"]
         wanted = made_with["fingerprint"]
         if settings.clip == Training.clip:  # not said otherwise
             weights, vocab = made_with["weights"], made_with["vocab"]
     weights = cached(weights) if weights in MODELS else weights
     clip = load_clip(weights, device)
     if wanted and fingerprint(clip) != wanted:
-        raise ValueError(f"{weights}: not the CLIP that {settings.start} was trained against; name the right one "
+        raise ValueError(f"{weights}: not the CLIP that {settings.init} was trained against; name the right one "
                          f"with --clip")
     return clip, str(weights), vocab
 
@@ -225,8 +225,9 @@ def finetune_on_captions(settings, device):
     learner.requires_grad_(True)
     name = f"{settings.objective}-{source}" + (f"-{settings.pairs}" if settings.pairs else "")
     settings = replace(settings, out=settings.out or f"out/{folder.name}/{name}")
-    identity = {"stage": "finetune", "data": digest_of(clips), "front_end": asdict(front_end), "encoder": encoder.config,
-                "start": {"path": settings.start, "weights": fingerprint(encoder)},
+    identity = {"stage": "finetune", "data": digest_of(clips),
+                "front_end": asdict(front_end), "encoder": encoder.config,
+                "start": {"path": settings.init, "weights": fingerprint(encoder)},
                 "clip": {"weights": str(Path(weights).resolve()), "vocab": str(Path(vocab).resolve()),
                          "fingerprint": fingerprint(clip)}}
     if ranks()[0] == 0:
@@ -337,7 +338,7 @@ def measure_head(learner, clips, labels, load, device, workers):
         target[i, [number[label] for label in clip.labels]] = True
     logits, target = logits[heard], target[heard]
     if learner.multi_label:
-        return 100 * average_precision(logits, target).nanmean().item(), int(heard.sum())
+        return 100 * average_precision(*ranking(logits, target)).nanmean().item(), int(heard.sum())
     return 100 * (logits.argmax(1) == target.float().argmax(1)).float().mean().item(), int(heard.sum())
 
 
@@ -374,9 +375,9 @@ def finetune_on_labels(settings, device):
     folder, labels, rounds = rounds_of(settings)
     multi = settings.head.startswith("audioset")
     clip, weights = None, ""
-    if settings.start == "clip":
+    if settings.init == "clip":
         clip, weights, _ = clip_of(settings, device)
-    start = Path(settings.start).parent.name if "/" in settings.start else settings.start
+    start = Path(settings.init).parent.name if "/" in settings.init else settings.init
     out = Path(settings.out or f"out/{folder.name}/head-{settings.head}-{start}"
                + (f"-last{settings.last_layers}" if settings.last_layers >= 0 else ""))
     results, began, measure = {}, time.time(), "mAP" if multi else "accuracy"
@@ -387,7 +388,7 @@ def finetune_on_labels(settings, device):
         torch.manual_seed(settings.seed)
         learner = HeadLearner(encoder, front_end, len(labels), multi, settings.last_layers)
         identity = {"stage": "head", "data": digest_of(training), "front_end": asdict(front_end), "labels": labels,
-                    "encoder": encoder.config, "start": {"path": settings.start, "weights": fingerprint(encoder)},
+                    "encoder": encoder.config, "start": {"path": settings.init, "weights": fingerprint(encoder)},
                     "clip": {"weights": weights}}
 
         def validate(learner, test=test):
@@ -403,8 +404,8 @@ def finetune_on_labels(settings, device):
     if ranks()[0] == 0:
         values = list(results.values())
         spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-        print(f"\n{settings.head}, {measure} in %: " + ", ".join(f"{name} {value:.1f}" for name, value in results.items())
-              + f"\nmean {np.mean(values):.1f}{spread}, {len(labels)} classes; paper: "
+        print(f"\n{settings.head}, {measure} in %: "
+              + ", ".join(f"{name} {value:.1f}" for name, value in results.items()) + f"\nmean {np.mean(values):.1f}{spread}, {len(labels)} classes; paper: "
               f"{PAPER_HEADS.get(settings.head, '-')}; {(time.time() - began) / 60:.1f} min")
         (out / "head.json").write_text(json.dumps({"head": settings.head, "settings": asdict(settings),
                                                    "results": results, "mean": np.mean(values),
@@ -449,7 +450,7 @@ def climb(ladder, seed):
     out, clip = Path(ladder.out) / f"seed{seed}", ["--clip", TOY.clip, "--vocab", TOY.vocab]
     start = out / "vip-AnT/checkpoint.pt"
     rows = {"VA-Rand": ["pretrain.py", "--data", "toy", "--init", "random"], "vip-AnT": ["pretrain.py", "--data", "toy"]}
-    tune = ["finetune.py", "--data", "toy", "--start", start]
+    tune = ["finetune.py", "--data", "toy", "--init", start]
     rows |= {f"+AT {source.upper()}": [*tune, "--source", source] for source in ("ac", "fc", "vc", "rc", "gl", "gc")}
     rows["+VAT GC"] = [*tune, "--source", "gc", "--objective", "vat"]
     for name, pairs in FEW.items():

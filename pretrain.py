@@ -47,12 +47,12 @@ from data import (
     FrontEnd,
     Unreadable,
     dataset_folder,
-    leave_out_audiocaps,
     load_image,
     make_toy,
     mask,
     read_index,
     read_split,
+    tested_by_audiocaps,
 )
 from model import CLIP, LARS, VisionTransformer, info_nce, parameter_groups, schedule
 
@@ -113,7 +113,7 @@ class Settings(Training):
     data: str = setting("audioset", "toy, or a folder (audioset means data/audioset) with train.jsonl and val.jsonl")
     init: str = setting("clip", "start of the audio encoder: clip is vip-AnT, random is VA-Rand", ["clip", "random"])
     leave_out: str = setting("data/audiocaps", "folder of AudioCaps' tables: its val and test clips are left out of "
-                             "training; none: train on them")
+                             "training; none: train on them", free=True)  # the index's digest tells
 
 
 # The paper at half its scale: 64 mel bins, patch 16, overlapping by a quarter. Mean and std are the toy's own.
@@ -362,8 +362,10 @@ class AudioLearner(nn.Module):
 class AudioSamples:
     """Clips with banks of targets: sample i is its waveform, a row of each of its banks and the draws for its mask."""
 
-    def __init__(self, clips, banks, front_end):
-        self.clips = np.array([i for i in range(len(clips)) if all(len(bank.of(i)) for bank in banks)])
+    def __init__(self, clips, banks, front_end, train_on=None):
+        """train_on: for each clip whether it is one of the samples; all by default."""
+        self.clips = np.array([i for i in range(len(clips)) if (train_on is None or train_on[i])
+                               and all(len(bank.of(i)) for bank in banks)])
         self.paths = np.array([clips[i].audio.encode() for i in self.clips])  # one array: forked workers share it
         self.banks, self.front_end = banks, front_end
 
@@ -683,23 +685,24 @@ def top1(queries, gallery, labels):
 
 
 def training_clips(folder, leave_out):
-    """The clips of a folder's training split that have frames, without those that AudioCaps tests with."""
-    listed = read_split("audioset", folder, "train")
+    """The clips of a folder's training split that have frames, and which of them train: not those AudioCaps tests with.
+
+    Raises FileNotFoundError, ValueError (no clip is left).
+    """
+    listed = read_split("audioset", folder, "train", need=("audio",))
     clips = [clip for clip in listed if clip.audio and clip.frames]
     if not clips:
         raise ValueError(f"{folder}: not one of {len(listed)} clips has sound and frames; python data.py extract makes "
                          f"them from videos")
-    if leave_out != "none":
-        kept, left_out = leave_out_audiocaps(clips, leave_out)
-        if ranks()[0] == 0 and left_out:
-            print(f"{folder}: {left_out} clips left out that AudioCaps' val and test sets hold ({leave_out})")
-        if not kept:
-            raise ValueError(f"{folder}: every clip is in AudioCaps' val or test set ({leave_out}); --leave-out none "
-                             f"trains on them")
-        clips = kept
-    if ranks()[0] == 0 and len(clips) < len(listed):
-        print(f"{folder}: {len(clips)} of {len(listed)} clips train")
-    return clips
+    held_out = tested_by_audiocaps(clips, leave_out) if leave_out != "none" else [False] * len(clips)
+    if all(held_out):
+        raise ValueError(f"{folder}: every clip is in AudioCaps' val or test set ({leave_out}); --leave-out none "
+                         f"trains on them")
+    if ranks()[0] == 0 and leave_out != "none":
+        print(f"{folder}: {sum(held_out)} clips left out, for AudioCaps' val and test sets hold them ({leave_out})")
+    if ranks()[0] == 0 and len(clips) - sum(held_out) < len(listed):
+        print(f"{folder}: {len(clips) - sum(held_out)} of {len(listed)} clips train")
+    return clips, [not held for held in held_out]
 
 
 def second_frames(clips, bank):
@@ -747,7 +750,7 @@ def main():
     folder = dataset_folder(settings.data)
     out = settings.out or f"out/{folder.name}/pretrain{'-random' if settings.init == 'random' else ''}"
     settings = replace(settings, out=out)
-    clips = training_clips(folder, settings.leave_out)
+    clips, train_on = training_clips(folder, settings.leave_out)
     val = [clip for clip in read_split("audioset", folder, "val") if clip.frames]
     weights = cached(settings.clip) if settings.clip in MODELS else settings.clip
     clip = load_clip(weights, device)
@@ -775,11 +778,12 @@ def main():
         return {f"image->audio {k}": v for k, v in top1(images[heard[has_image]], audio[both],
                 [c.labels for c, use in zip(val, both) if use]).items()}
 
-    identity = {"stage": "pretrain", "data": digest_of(clips), "front_end": asdict(settings.front_end),
-                "encoder": encoder.config,
+    identity = {"stage": "pretrain", "data": digest_of([c for c, use in zip(clips, train_on) if use]),
+                "front_end": asdict(settings.front_end), "encoder": encoder.config,
                 "clip": {"weights": str(Path(weights).resolve()), "vocab": str(Path(settings.vocab).resolve()),
                          "fingerprint": fingerprint(clip)}}
-    train(learner, AudioSamples(clips, [train_bank], settings.front_end), settings, identity, validate, device)
+    samples = AudioSamples(clips, [train_bank], settings.front_end, train_on)
+    train(learner, samples, settings, identity, validate, device)
     if ranks()[0] == 0 and settings.data == "toy":
         flags = ["--task", "toy", "--checkpoint", f"{out}/checkpoint.pt"]
         print("\n$ python evaluate.py " + " ".join(flags), flush=True)

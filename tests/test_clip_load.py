@@ -224,7 +224,7 @@ def test_the_authors_checkpoint_needs_its_own_clip_and_its_own_form(tmp_path, sm
     clip = load_clip(small_clip)
     authors_file(tmp_path / "a.pth", clip_load.audio_encoder_from_clip(clip), clip, {})
     clip.visual.proj.data += 1
-    with pytest.raises(ValueError, match=r"a\.pth: was trained against another CLIP"):
+    with pytest.raises(ValueError, match=r"a\.pth: .*it was trained against another CLIP"):
         clip_load.import_vipant(tmp_path / "a.pth", clip)
     for content in ({"model": 3}, {"cfg": {}}, {"model": ({}, {"x": torch.zeros(1)}, {}, {})}, [1]):
         torch.save(content, tmp_path / "b.pth")

@@ -1,0 +1,244 @@
+"""Fine-tuning on captions and on labels: what is trained, on which pairs, how fast, and what it leaves behind."""
+import json
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import flat
+
+from clip_load import load_clip
+from data import Clip, FrontEnd, read_index
+from finetune import (
+    PRESETS,
+    HeadLearner,
+    LabelledSamples,
+    Remember,
+    Settings,
+    measure_head,
+    rounds_of,
+    take_pairs,
+)
+from model import VisionTransformer, info_nce
+from pretrain import AudioLearner, caption_bank, load_checkpoint, parse
+
+CPU = torch.device("cpu")
+
+
+# ---------------------------------------------------------------------------------- settings
+
+def test_defaults_are_the_papers_table_5():
+    at = Settings()
+    assert (at.optimizer, at.batch, at.epochs, at.warmup_epochs) == ("lars", 64, 25, 10)
+    assert (at.lr_weights, at.lr_biases, at.weight_decay) == (0.2, 4.8e-3, 1e-6)
+    for name in ("esc50", "us8k"):
+        head = parse(Settings(), PRESETS, ["--head", name])
+        assert (head.batch, head.epochs, head.lr_weights, head.lr_biases) == (50, 50, 1.0, 2.4e-2)
+    balanced, full = (parse(Settings(), PRESETS, ["--head", name]) for name in ("audioset-balanced", "audioset"))
+    assert (balanced.optimizer, balanced.batch, balanced.epochs, balanced.last_layers) == ("adam", 12, 25, 4)
+    assert (full.batch, full.epochs, full.last_layers, full.lr_weights, full.weight_decay) == (128, 5, -1, 5e-5, 1e-7)
+
+
+def test_milestones_by_hand():
+    """Warm-up over 4 steps; halved at epoch 2 and again at step 30, with 10 steps an epoch."""
+    settings = Settings(milestones="2e, 30", warmup_steps=4)
+    factors = [settings.lr_factor(step, 10) for step in (0, 1, 3, 19, 20, 29, 30, 99)]
+    assert factors == [0.25, 0.5, 1, 1, 0.5, 0.5, 0.25, 0.25]
+    assert Settings(epochs=4, warmup_epochs=1.0).lr_factor(5, 10) == 0.5  # without milestones as in pre-training
+
+
+# ---------------------------------------------------------------------------------- captions
+
+def test_fewer_pairs_are_among_more():
+    clips = [Clip(str(i), "a.wav", captions=tuple(f"{i} {j}" for j in range(3))) for i in range(10)]
+    few, more = (take_pairs(clips, n, seed=1) for n in (7, 20))
+    def pairs(chosen):
+        return {(c.id, caption) for c in chosen for caption in c.captions}
+
+    assert len(pairs(few)) == 7 and len(pairs(more)) == 20 and pairs(few) <= pairs(more)
+    assert pairs(take_pairs(clips, 7, seed=2)) != pairs(few) and pairs(take_pairs(clips, 30, seed=1)) == pairs(clips)
+    with pytest.raises(ValueError, match="--pairs 31: there are 30"):
+        take_pairs(clips, 31, seed=1)
+
+
+def test_captions_that_clips_share_are_one_row(small_clip, world, tmp_path):
+    from clip_load import Tokenizer
+    clip = load_clip(small_clip)
+    tokenizer = Tokenizer(world / "vocab.txt.gz", clip.context_length)
+    clips = [Clip("0", captions=("a hum", "a buzz")), Clip("1", captions=("a buzz",)), Clip("2")]
+    bank = caption_bank(tmp_path, clips, ["a buzz", "a rasp", "a hum"], clip, tokenizer, CPU)
+    assert bank.embeddings.shape == (3, 32)
+    assert [bank.of(i).tolist() for i in range(3)] == [[2, 0], [0], []]
+    text = torch.nn.functional.normalize(clip.encode_text(tokenizer(["a hum"])))
+    assert np.abs(bank.draw(0, np.random.default_rng(0)).numpy() - bank.embeddings[[2, 0]]).max(1).min() == 0
+    assert np.abs(bank.embeddings[2] - text[0].numpy()).max() < 2e-3
+
+
+def test_vat_adds_the_loss_with_frames_to_the_loss_with_captions():
+    learner = AudioLearner(VisionTransformer((40, 32), 16, (8, 8), 1, 64, 1, 1, 32), FrontEnd(16_000, 32, 40))
+    audio, frames, captions = torch.randn(3, 6, 32)
+    loss = learner.loss(audio, torch.stack([captions, frames], 1))
+    by_hand = info_nce(audio, captions, learner.log_scale) + info_nce(audio, frames, learner.log_scale)
+    assert torch.allclose(loss, by_hand)
+
+
+@pytest.fixture(scope="module")
+def started(run, world, small_clip, tmp_path_factory):
+    """A pre-training of one epoch on the small world, and flags that fine-tune it."""
+    out = tmp_path_factory.mktemp("started")
+    front = {"--sample-rate": 16000, "--mels": 32, "--frames": 100, "--mean": -3, "--std": 4}
+    run("pretrain.py", *flat(front | {"--data": world, "--leave-out": "none", "--clip": small_clip, "--vocab":
+        world / "vocab.txt.gz", "--out": out / "pretrain", "--stride-time": 8, "--stride-mel": 8, "--batch": 16,
+        "--epochs": 1, "--warmup-epochs": 0, "--lr-weights": 5, "--precision": "fp32", "--workers": 0}))
+    for source in ("gc", "ac"):
+        run("curate.py", *flat({"--data": world, "--source": source, "--clip": small_clip, "--leave-out": "none",
+                                "--vocab": world / "vocab.txt.gz", "--workers": 0}))
+    return {"--data": world, "--init": out / "pretrain/checkpoint.pt", "--epochs": 6, "--batch": 16,
+            "--warmup-epochs": 0, "--lr-weights": 8, "--lr-biases": 0.01, "--workers": 0, "--precision": "fp32",
+            "--log-every": 4}
+
+
+def losses(out):
+    return [line["loss"] for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "loss" in line]
+
+
+def test_gold_captions_are_learned_and_the_checkpoint_is_evaluated(run, started, world, tmp_path):
+    done = run("finetune.py", *flat(started | {"--source": "gc", "--out": tmp_path}))
+    assert "64 clips, 64 pairs" in done.stdout and "audio->text R@1" in done.stdout and "next: python evaluate" in done.stdout
+    assert losses(tmp_path)[-1] < 0.9 * losses(tmp_path)[0]
+    checkpoint = load_checkpoint(tmp_path / "checkpoint.pt", ["finetune"])
+    assert checkpoint["front_end"]["frames"] == 100 and checkpoint["settings"]["source"] == "gc"
+    run("evaluate.py", "--task", "audiocaps", "--data", world, "--checkpoint", tmp_path / "checkpoint.pt")
+    assert json.loads((tmp_path / "audiocaps.json").read_text())["model"]["row"] == "+AT GC"
+
+
+def test_few_shot_vat_and_mined_pairs_run_too(run, started, tmp_path):
+    run("finetune.py", *flat(started | {"--source": "ac", "--epochs": 1, "--out": tmp_path / "ac"}))
+    done = run("finetune.py", *flat(started | {"--source": "gc", "--pairs": 9, "--out": tmp_path / "few"}))
+    assert "9 clips, 9 pairs" in done.stdout and "batches of 8" in done.stderr
+    run("finetune.py", *flat(started | {"--source": "gc", "--objective": "vat", "--epochs": 1, "--out": tmp_path / "vat"}))
+    assert losses(tmp_path / "vat")[0] > 1.5 * losses(tmp_path / "ac")[0]  # two losses instead of one
+
+
+def test_two_ranks_fine_tune_as_one(run, started, tmp_path):
+    learners = []
+    for ranks in (1, 2):
+        run("finetune.py", *flat(started | {"--source": "gc", "--epochs": 2, "--out": tmp_path / str(ranks)}), ranks=ranks)
+        learners.append(load_checkpoint(tmp_path / f"{ranks}/checkpoint.pt", ["finetune"])["learner"])
+    assert all(torch.allclose(learners[0][name], learners[1][name], atol=1e-5) for name in learners[0])
+
+
+def test_bad_input_is_named(run, started, small_clip, tmp_path):
+    for flags, message in (
+            ({"--source": "gc", "--pairs": 65}, "--pairs 65: there are 64"),
+            ({"--source": "vc"}, "vc.jsonl: no pairs yet. Run: python curate.py --source vc"),
+            ({}, "either --source"), ({"--source": "gc", "--head": "esc50"}, "either --source"),
+            ({"--source": "gc", "--init": tmp_path / "no.pt"}, "no.pt: no such checkpoint")):
+        done = run("finetune.py", *flat(started | {"--out": tmp_path / "x"} | flags), check=False)
+        assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+    other = torch.load(small_clip, weights_only=True)
+    other["visual.proj"] += 1
+    torch.save(other, tmp_path / "other.pt")
+    done = run("finetune.py", *flat(started | {"--source": "gc", "--clip": tmp_path / "other.pt"}), check=False)
+    assert done.returncode == 1 and "not the CLIP that" in done.stderr and "--clip" in done.stderr
+
+
+# ------------------------------------------------------------------------------------ labels
+
+def small_encoder():
+    torch.manual_seed(0)
+    return VisionTransformer((50, 32), 16, (16, 16), 1, 64, 3, 1, 32)
+
+
+@pytest.mark.parametrize(("last_layers", "blocks"), [(0, 0), (1, 1), (2, 2), (-1, 3), (9, 3)])
+def test_the_last_k_blocks_learn(last_layers, blocks):
+    learner = HeadLearner(small_encoder(), FrontEnd(16_000, 32, 50), 4, False, last_layers)
+    trained = {name for name, p in learner.named_parameters() if p.requires_grad}
+    found = {name.split(".")[3] for name in trained if "resblocks" in name}
+    assert found == {str(i) for i in range(3 - blocks, 3)} and any(name.startswith("head") for name in trained)
+    assert ("audio_encoder.conv1.weight" in trained) == (blocks == 3)
+
+
+def test_head_losses_by_hand():
+    one = HeadLearner(small_encoder(), FrontEnd(16_000, 32, 50), 3, False, 0)
+    logits, target = torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([[0.5, 0.5, 0.0]])
+    p = logits.softmax(1)[0]
+    assert one.loss(logits, target).item() == pytest.approx(-(0.5 * p[0].log() + 0.5 * p[1].log()).item())
+    several = HeadLearner(small_encoder(), FrontEnd(16_000, 32, 50), 3, True, 0)
+    q = logits.sigmoid()[0]
+    by_hand = -(0.5 * q[0].log() + 0.5 * (1 - q[0]).log() + 0.5 * q[1].log() + 0.5 * (1 - q[1]).log() + (1 - q[2]).log()) / 3
+    assert several.loss(logits, target).item() == pytest.approx(by_hand.item())
+
+
+def test_mixtures_by_hand(world):
+    clips = read_index(world / "train.jsonl")[:5]
+    labels = sorted({label for c in clips for label in c.labels})
+    load = Remember(FrontEnd(16_000, 32, 100), 5)
+    plain, mixed = (LabelledSamples(clips, labels, load, mixup) for mixup in (0.0, 1.0))
+    sample = mixed.read(2, np.random.default_rng(3))
+    rng = np.random.default_rng(3)
+    rng.random()
+    share, other = rng.beta(10, 10), int(rng.integers(5))
+    one, two = plain.read(2, rng), plain.read(other, rng)
+    assert torch.allclose(sample["wave"], share * one["wave"] + (1 - share) * two["wave"])
+    assert torch.allclose(sample["target"], share * one["target"] + (1 - share) * two["target"])
+    assert len(load.known) == len({2, other})  # each file was read once
+
+
+def test_map_of_a_head_needs_logits_as_they_are(world):
+    """Two clips whose logits differ in length: made unit vectors, their order within a class would change."""
+    learner = HeadLearner(small_encoder(), FrontEnd(16_000, 32, 50), 2, True, 0)
+    logits = torch.tensor([[1.0, 9.0], [2.0, 0.1]])
+    learner.logits = lambda wave, length: logits
+    clips = [Clip("0", "0", labels=("a",)), Clip("1", "1", labels=("b",))]
+    value, heard = measure_head(learner, clips, ["a", "b"], lambda path: (torch.zeros(3), 3), CPU, 0)
+    assert heard == 2 and value == pytest.approx(100 * (0.5 + 0.5) / 2)
+
+
+@pytest.fixture
+def esc(tmp_path):
+    """ESC-50 in miniature: two folds, a low and a high tone in ESC-10, noise outside it."""
+    folder, rng = tmp_path / "esc", np.random.default_rng(0)
+    (folder / "meta").mkdir(parents=True)
+    (folder / "audio").mkdir()
+    text = "filename,fold,target,category,esc10,src_file,take\n"
+    for fold in (1, 2):
+        for kind, (name, hertz) in enumerate({"low_tone": 300, "high_tone": 3000, "noise": 0}.items()):
+            for take in range(8):
+                wave = 0.2 * rng.standard_normal(8000) + (0.5 * np.sin(2 * np.pi * hertz * np.arange(8000) / 16_000))
+                soundfile.write(folder / f"audio/{fold}-{take}-A-{kind}.wav", wave, 16_000)
+                text += f"{fold}-{take}-A-{kind}.wav,{fold},{kind},{name},{kind < 2},1,A\n"
+    (folder / "meta/esc50.csv").write_text(text)
+    return folder
+
+
+def test_esc10_is_the_easy_part_and_folds_are_never_trained_on(esc):
+    _, labels, rounds = rounds_of(parse(Settings(), PRESETS, ["--head", "esc10", "--data", str(esc)]))
+    assert labels == ["high tone", "low tone"] and list(rounds) == ["fold 1", "fold 2"]
+    for training, test in rounds.values():
+        assert len(training) == len(test) == 16 and not {c.id for c in training} & {c.id for c in test}
+    _, labels, _ = rounds_of(parse(Settings(), PRESETS, ["--head", "esc50", "--data", str(esc)]))
+    assert len(labels) == 3
+
+
+def test_a_head_is_trained_on_each_fold_and_resumes(run, esc, tmp_path):
+    flags = {"--head": "esc10", "--data": esc, "--out": tmp_path / "out", "--frames": 50, "--width": 64, "--layers": 1,
+             "--batch": 8, "--epochs": 30, "--warmup-epochs": 1, "--lr-weights": 2e-3, "--mixup": 0, "--workers": 0,
+             "--precision": "fp32"}
+    done = run("finetune.py", *flat(flags))
+    saved = json.loads((tmp_path / "out/head.json").read_text())
+    assert list(saved["results"]) == ["fold 1", "fold 2"] and min(saved["results"].values()) >= 90  # two tones
+    assert f"mean {saved['mean']:.1f} ± " in done.stdout
+    again = run("finetune.py", *flat(flags))
+    assert json.loads((tmp_path / "out/head.json").read_text())["results"] == saved["results"]
+    assert "epoch 1.00" not in again.stdout  # nothing was trained twice
+
+
+def test_a_linear_probe_leaves_the_encoder_alone(run, started, esc, tmp_path):
+    flags = {"--head": "esc10", "--data": esc, "--out": tmp_path / "out", "--init": started["--init"], "--fold": 1,
+             "--last-layers": 0, "--batch": 8, "--epochs": 2, "--workers": 0}
+    run("finetune.py", *flat(flags))
+    before = load_checkpoint(started["--init"], ["pretrain"])["learner"]
+    after = load_checkpoint(tmp_path / "out/fold1/checkpoint.pt", ["head"])["learner"]
+    assert all(torch.equal(value, before[name]) for name, value in after.items() if name.startswith("audio_encoder"))
+    assert after["head.1.weight"].shape == (2, 32)
