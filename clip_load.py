@@ -256,6 +256,8 @@ class ArchiveReader(pickle.Unpickler):
     def persistent_load(self, pid):
         _, dtype, key, _, numel = pid
         if key not in self.storages:
+            if self.archive.getinfo(f"{self.folder}data/{key}").compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"storage {key} is compressed, as PyTorch's never are")  # a few bytes could fill memory
             data = bytearray(self.archive.read(f"{self.folder}data/{key}"))
             self.storages[key] = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
         if len(self.storages[key]) != numel:
@@ -276,8 +278,6 @@ def read_archive(path):
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
-                raise ValueError("it is compressed, which PyTorch's files never are")  # a small file could fill memory
             entry = next((name for name in archive.namelist() if name.endswith("/data.pkl")), None)
             if entry is None:
                 raise ValueError("no data.pkl in it")

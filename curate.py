@@ -191,7 +191,7 @@ def mine(images, captions, folder, k, device="cpu", rows=1024, columns=16_384, m
 
 
 def union(cosines, indices, threshold):
-    """A clip's captions: its frames' (frames, k) merged, nearest first, each with its best cosine -> indices, cosines."""
+    """A clip's captions: its frames' (frames, k) merged, nearest first, with their best cosines -> indices, cosines."""
     best = {}
     for cosine, index in zip(cosines.ravel().tolist(), indices.ravel().tolist()):
         if cosine >= threshold:

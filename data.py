@@ -69,10 +69,15 @@ def load_audio(path, sample_rate, seconds=None, start=0.0):
     if wave.min() == wave.max():
         raise Silent(f"{path}: silent (every sample of its first channel is equal)")
     wave = torch.from_numpy(wave)
-    if rate != sample_rate:
-        ratio = Fraction(sample_rate, rate).limit_denominator(1000)  # exact for usual rates; odd ones need huge filters
-        wave = torchaudio.functional.resample(wave, ratio.denominator, ratio.numerator)
-    return wave.clamp(-1, 1)
+    return resample(wave, rate, sample_rate).clamp(-1, 1)
+
+
+def resample(wave, rate, new_rate):
+    """Waveform (S,) at another rate in Hz, by a filter without delay; odd ratios are met to one in a thousand."""
+    if rate == new_rate:
+        return wave
+    ratio = Fraction(new_rate, rate).limit_denominator(1000)  # exact for usual rates; odd ones need huge filters
+    return torchaudio.functional.resample(wave, ratio.denominator, ratio.numerator)
 
 
 @lru_cache
@@ -271,14 +276,15 @@ def read_index(path, need=("audio",)):
                 if missing:
                     raise ValueError(f"{path}:{number}: lacks {', '.join(missing)}; a line here needs "
                                      f"{', '.join(('id', *need))}")
-                lists = {key: row.get(key, []) for key in ("frames", "labels", "captions")}
+                lists = {key: row.get(key) or [] for key in ("frames", "labels", "captions")}
                 wrong = [key for key, value in lists.items()
                          if not isinstance(value, list) or not all(isinstance(item, str) for item in value)]
-                if wrong or not isinstance(row.get("audio", ""), str):
+                if wrong or not isinstance(row.get("audio") or "", str):
                     raise ValueError(f"{path}:{number}: {', '.join(wrong) or 'audio'} must be "
                                      f"{'a list of strings' if wrong else 'a string'}")
-                clips.append(Clip(id=str(row["id"]), audio=str(path.parent / row["audio"]) if row.get("audio") else "",
-                                  frames=tuple(str(path.parent / frame) for frame in lists["frames"]),
+                clips.append(Clip(id=str(row["id"]),
+                                  audio=os.path.join(path.parent, row["audio"]) if row.get("audio") else "",
+                                  frames=tuple(os.path.join(path.parent, frame) for frame in lists["frames"]),
                                   labels=tuple(names.get(label, label) for label in lists["labels"]),
                                   captions=tuple(lists["captions"])))
     except FileNotFoundError:
@@ -294,10 +300,10 @@ def from_authors(row):
     """A line of the authors' index, {dir}/aclip/{id}.{aclip} and {dir}/frame/{id}.{frame} -> as a line of ours."""
     def paths(kind):
         endings = row.get(kind) or []
-        endings = [endings] if isinstance(endings, str) else endings
+        endings = endings if isinstance(endings, list) else [endings]
         return ["/".join(filter(None, (str(row["dir"]), kind, f"{row.get('id')}.{ending}"))) for ending in endings]
 
-    return {"id": row.get("id"), "audio": (paths("aclip") or paths("clip") or [""])[0], "frames": paths("frame"),
+    return {"id": row.get("id"), "audio": (paths("clip") or paths("aclip") or [""])[0], "frames": paths("frame"),
             "labels": row.get("labels") or [], "captions": row.get("captions") or []}
 
 
@@ -349,7 +355,8 @@ def read_clotho(folder, split="test"):
 
 def read_coco_captions(folder, split="train"):
     """MSCOCO 2014's captions of a split (train, val) as published -> list of str, white space evened out."""
-    path = next(Path(folder).glob(f"**/captions_{split}2014.json"), Path(folder) / f"captions_{split}2014.json")
+    name = f"captions_{split}2014.json"
+    path = Path(next(iter(find_files(folder, (name,))), Path(folder) / name))
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))["annotations"]
         return [" ".join(row["caption"].split()) for row in rows]
@@ -364,14 +371,15 @@ def read_coco_captions(folder, split="train"):
 CLASS_NAMES = "class_labels_indices.csv"
 AUDIOSET_SPLITS = {"train": "unbalanced_train_segments", "val": "balanced_train_segments", "test": "eval_segments"}
 AUDIO = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".caf", ".w64")
-VIDEO = (".mp4", ".m4v", ".mkv", ".webm", ".mov", ".avi", ".flv", ".3gp", ".ts", ".m4a", ".mka", ".aac")
-YOUTUBE = re.compile(r"Y?([\w-]{11})(?:_(\d+(?:\.\d+)?))?(?:_\d+(?:\.\d+)?)?", re.ASCII)
+VIDEO = (".mp4", ".m4v", ".mkv", ".webm", ".mov", ".qt", ".avi", ".flv", ".f4v", ".3gp", ".3g2", ".ts", ".m2ts",
+         ".mpg", ".mpeg", ".wmv", ".asf", ".ogv", ".m4a", ".mka", ".aac", ".wma", *AUDIO)  # those with sound alone come last
+YOUTUBE = re.compile(r"Y?([\w-]{11})(?:_(\d+(?:\.\d+)?))?(?:_(\d+(?:\.\d+)?))?", re.ASCII)
 
 
 def youtube_id(name):
-    """`{id}`, `Y{id}`, `{id}_{start}` or `{id}_{start}_{end}` -> (id, start in the name's own unit or None) or None."""
+    """`{id}`, `Y{id}`, `{id}_{start}` or `{id}_{start}_{end}` -> (id, start, end) or None; numbers in the name's unit."""
     found = YOUTUBE.fullmatch(name)
-    return found and (found[1], found[2] and float(found[2]))
+    return found and (found[1], *(number and float(number) for number in found.groups()[1:]))
 
 
 def class_names(folder):
@@ -416,8 +424,10 @@ def read_segments(path):
         try:
             video, start, end, text = row
             segment = Segment(video, float(start), float(start) + 10 if end is None else float(end))
-            if not YOUTUBE.fullmatch(video) or not 0 <= segment.start < segment.end < math.inf:
-                raise ValueError("no stretch of a YouTube video")
+            if not re.fullmatch(r"[\w-]{11}", video, re.ASCII):
+                raise ValueError(f"{video!r} is no id of a YouTube video")
+            if not (segment.start >= 0 and 0.025 <= segment.end - segment.start <= 3600):
+                raise ValueError(f"{start} to {segment.end:g} s is no stretch to cut out")
         except ValueError as error:
             raise ValueError(f"{path}:{number}: {error}") from None
         captions = segments.get(segment.id, segment).captions
@@ -443,23 +453,25 @@ def find_files(folder, endings):
 
 
 def by_video(paths):
-    """Files named after YouTube videos -> {id: [(start or None, path)]}, those with a start first."""
+    """Files named after YouTube videos -> {id: [(start or None, end or None, path)]}."""
     files = {}
     for path in paths:
-        if parts := youtube_id(Path(path).stem):
-            files.setdefault(parts[0], []).append((parts[1], path))
-    for choices in files.values():
-        choices.sort(key=lambda choice: (choice[0] is None, choice))
+        if parts := youtube_id(os.path.splitext(os.path.basename(path))[0]):
+            files.setdefault(parts[0], []).append((*parts[1:], path))
     return files
 
 
-def file_of(segment, files):
-    """The segment's file: one with its start in the name (seconds or milliseconds), or one named by the id alone.
+def files_of(segment, files):
+    """The segment's files -> [(whether it begins at the segment's start, path)], the likeliest first.
 
-    Returns (start in the name or None, path), or (None, "") where there is none.
+    Those with its start in the name (seconds or milliseconds), then those named by the id alone; pictures before sound.
     """
-    return next(((start, path) for start, path in files.get(segment.video, ())
-                 if start is None or start in (segment.start, 1000 * segment.start)), (None, ""))
+    def fits(start, end):
+        milliseconds = start == round(1000 * segment.start, 3) and (end is None or end >= start + 25)
+        return start is None or start == segment.start or milliseconds
+
+    found = [(start is not None, path) for start, end, path in files.get(segment.video, ()) if fits(start, end)]
+    return sorted(found, key=lambda file: (not file[0], VIDEO.index(os.path.splitext(file[1])[1].lower()), file[1]))
 
 
 def read_youtube(folder, table):
@@ -467,8 +479,8 @@ def read_youtube(folder, table):
     files, names = by_video(find_files(folder, AUDIO)), {}
     if (folder / CLASS_NAMES).exists():
         names = class_names(folder)
-    return [Clip(segment.id, file_of(segment, files)[1], labels=tuple(names.get(mid, mid) for mid in segment.labels),
-                 captions=segment.captions) for segment in read_segments(table)]
+    return [Clip(segment.id, next((path for _, path in files_of(segment, files)), ""), captions=segment.captions,
+                 labels=tuple(names.get(mid, mid) for mid in segment.labels)) for segment in read_segments(table)]
 
 
 def add_labels(clips, folder):
@@ -480,12 +492,12 @@ def add_labels(clips, folder):
     return [replace(clip, labels=labels.get((youtube_id(clip.id) or [""])[0], ())) for clip in clips]
 
 
-def tested_by_audiocaps(clips, folder):
+def held_out_by_audiocaps(clips, folder):
     """Which clips' videos are in AudioCaps' val or test set, so that training leaves them out -> list of bool.
 
     Raises FileNotFoundError where the clips are YouTube's and AudioCaps' tables are not in `folder`.
     """
-    videos = [(youtube_id(clip.id) or [None])[0] for clip in clips]
+    videos = [(youtube_id(Path(clip.id).stem) or youtube_id(Path(clip.audio).stem) or [None])[0] for clip in clips]
     tables = [Path(folder) / f"{split}.csv" for split in ("val", "test")]
     missing = [str(table) for table in tables if not table.exists()]
     if missing and any(videos):
@@ -540,13 +552,13 @@ def in_processes(function, items, workers):
     return DataLoader(Calls(function, items), batch_size=None, num_workers=workers, collate_fn=as_it_is)
 
 
-def decode(path, kind):
+def opened(path, kind):
     """Open a file with PyAV -> (container, its first stream of kind "audio" or "video"). Raises Unreadable."""
     try:
-        container = av.open(path, metadata_errors="ignore")
+        container = av.open(f"file:{path}", metadata_errors="ignore")
     except (OSError, av.FFmpegError) as error:
         raise Unreadable(f"{path}: can't be opened ({error})") from None
-    streams = container.streams.get(**{kind: 0}) if getattr(container.streams, kind) else []
+    streams = [stream for stream in container.streams if stream.type == kind and stream.codec_context]
     if not streams:
         container.close()
         raise Unreadable(f"{path}: has no {'sound' if kind == 'audio' else 'pictures'}")
@@ -554,18 +566,28 @@ def decode(path, kind):
 
 
 def decoded(container, stream, start):
-    """Frames of a stream from the key frame before `start` (seconds from the file's own beginning) on: (time, frame).
+    """Frames of a stream from `start` (seconds from the file's own beginning) or a little earlier on: (time, frame).
 
     Where the file is damaged the frames end; that a stretch came out short is the caller's to notice.
     """
     zero = (container.start_time or 0) / av.time_base
     try:
-        container.seek(max(0, int((start + zero) / stream.time_base)), stream=stream)
-        for frame in container.decode(stream):
-            if frame.time is not None:
-                yield frame.time - zero, frame
+        for back in (0, 5, 20, math.inf):  # a container that has no index is entered anywhere
+            container.seek(max(0, int((max(0, start - back) + zero) / stream.time_base)), stream=stream)
+            frames = ((frame.time - zero, frame) for frame in container.decode(stream) if frame.time is not None)
+            if stream.type == "video" and back < math.inf:  # what comes before a key frame is not whole
+                frames = itertools.dropwhile(lambda found: not found[1].key_frame, frames)
+            first = next(frames, None)
+            if first is None or first[0] <= start or start <= back:
+                break
+        if first:
+            yield first
+            yield from frames
     except (OSError, ValueError, av.FFmpegError):
         return
+
+
+SLACK = 0.5  # seconds that a video may lack: tables are in whole seconds, videos are not
 
 
 def cut_audio(path, start, end, sample_rate):
@@ -574,11 +596,12 @@ def cut_audio(path, start, end, sample_rate):
     Sample-accurate: frames lie where their time stamps say, decoding begins a second early for codecs that need a
     run-up, and the resampling filter has no delay.
     """
-    container, stream = decode(path, "audio")
+    container, stream = opened(path, "audio")
     with container:
         rate = stream.rate
-        wave, reached = np.zeros(round((end - start) * rate), np.float32), 0
-        at = None
+        if not 1000 <= rate <= 1_000_000:
+            raise Unreadable(f"{path}: says it has {rate} samples a second; is its header damaged?")
+        wave, covered, at = np.zeros(round((end - start) * rate), np.float32), 0, None
         for time, frame in decoded(container, stream, start - 1):
             samples = frame.to_ndarray()                                             # (channels, n) or (1, channels·n)
             samples = samples[0] if frame.format.is_planar else samples[0, ::frame.layout.nb_channels]
@@ -590,39 +613,36 @@ def cut_audio(path, start, end, sample_rate):
             first, last = max(at, 0), min(at + len(samples), len(wave))
             if last > first:
                 wave[first:last] = samples[first - at:last - at]
-                reached = last
+                covered += last - first
             at += len(samples)
             if at >= len(wave):
                 break
-    if reached < len(wave) - SLACK * rate:
-        raise Unreadable(f"{path}: its sound ends {len(wave) / rate - reached / rate:.1f} s before {end:g} s")
-    wave = torch.from_numpy(wave)
-    if rate != sample_rate:
-        wave = torchaudio.functional.resample(wave, rate, sample_rate)
-    return wave
-
-
-SLACK = 0.5  # seconds by which a video may end too early: lists are in whole seconds, videos are not
+        begins = float((stream.start_time or 0) * stream.time_base) - (container.start_time or 0) / av.time_base - start
+        wanted = len(wave) - max(0, round(begins * rate))  # a sound track that sets in late is silent before
+    if covered < wanted - SLACK * rate or not covered:
+        raise Unreadable(f"{path}: has {covered / rate:.1f} of {len(wave) / rate:g} s of sound from {start:g} s on")
+    return resample(torch.from_numpy(wave), rate, sample_rate)
 
 
 def cut_frames(path, times, side):
     """The pictures shown at these times (seconds, ascending) -> list of PIL images, shorter side at most `side` pixels.
 
-    Raises Unreadable.
+    Raises Unreadable where a picture is missing; one that comes up to half a second late will do.
     """
-    container, stream = decode(path, "video")
-    pictures, shown, shown_at = [], None, -math.inf
+    container, stream = opened(path, "video")
+    pictures, shown, shown_at, until = [], None, math.inf, -math.inf
     with container:
         for time, frame in decoded(container, stream, times[0]):
-            while len(pictures) < len(times) and shown is not None and time > times[len(pictures)] + 1e-4:
+            while len(pictures) < len(times) and shown_at <= times[len(pictures)] + SLACK < time + SLACK - 1e-4:
                 pictures.append(shown)
             if len(pictures) == len(times):
                 break
             shown, shown_at = frame, time
-        while shown is not None and len(pictures) < len(times) and times[len(pictures)] <= shown_at + SLACK:
+            until = time + max(SLACK, float((frame.duration or 0) * stream.time_base))
+        while len(pictures) < len(times) and shown_at <= times[len(pictures)] + SLACK and times[len(pictures)] <= until:
             pictures.append(shown)
         if len(pictures) < len(times):
-            raise Unreadable(f"{path}: its pictures end before {times[len(pictures)]:.1f} s")
+            raise Unreadable(f"{path}: has no picture at {times[len(pictures)]:.1f} s")
         images = [picture.to_image() for picture in pictures]
     factor = side / min(images[0].size) if side else 1
     if factor < 1:
@@ -644,81 +664,113 @@ class Extraction:
         return f"audio/{place}.wav", [f"frames/{place}_{i}.jpg" for i in range(1, 5)]
 
     def __call__(self, job):
-        """(segment, start of the file or None, video file) -> (status, reason), the files written.
+        """(segment, its files as from files_of) -> (status, reason): done, no pictures, unreadable or missing.
 
-        A file gets its name when it is whole, and the WAV comes last: where it is, the clip is done.
+        A file gets its name when it is whole, and the WAV comes last: where all are there, the clip is done.
         """
-        segment, file_starts, video = job
+        segment, videos = job
         audio, frames = self.paths(segment)
-        if (self.out / audio).exists():
-            return "done" if (self.out / frames[-1]).exists() else "no pictures", "extracted earlier"
-        offset = 0.0 if file_starts is None else segment.start  # a file with a start in its name begins there
-        start, end, status, reason = segment.start - offset, segment.end - offset, "done", ""
+        audio = self.out / audio
+        samples = round((segment.end - segment.start) * self.sample_rate)
+        there = audio.exists() and audio.stat().st_size == 44 + 2 * samples  # a WAV header and 16 bits a sample
+        if there and (self.out / frames[-1]).exists():
+            return "done", "extracted earlier"
+        best = ("no pictures", "extracted earlier") if there else ("missing", f"no {segment.video}.* among the videos")
+        for begins_there, video in videos:
+            offset = segment.start if begins_there else 0.0
+            status = self.cut(video, segment.start - offset, segment.end - offset, audio, frames)
+            if status[0] == "done":
+                return status
+            best = status if best[0] == "missing" or status[0] == "no pictures" else best
+        return best
+
+    def cut(self, video, start, end, audio, frames):
+        """Write the files of one clip, as far as the video has them -> (status, reason)."""
         try:
-            wave = cut_audio(video, start, end, self.sample_rate)
-            if wave.min() == wave.max():
-                raise Unreadable(f"{video}: silent")
+            wave = whatever_is_wrong(cut_audio, video, start, end, self.sample_rate).clamp(-1, 1)
+            rounded = (wave * 32_767).round()
+            if not wave.isfinite().all() or rounded.min() == rounded.max():
+                raise Unreadable(f"{video}: silent, or not finite, from {start:g} to {end:g} s")
         except Unreadable as error:
             return "unreadable", str(error)
+        status, reason = "done", ""
         try:
             times = [start + i * (end - start) / 3 for i in range(4)]  # §3.2.2: 4 equally spaced, both ends included
-            for name, image in zip(frames, cut_frames(video, times, self.side)):
-                self.write(name, lambda path, image=image: image.save(path, "JPEG", quality=95))
+            for name, image in zip(frames, whatever_is_wrong(cut_frames, video, times, self.side)):
+                write_whole(self.out / name, lambda path, image=image: image.save(path, "JPEG", quality=95))
         except Unreadable as error:
             status, reason = "no pictures", str(error)
-        self.write(audio, lambda path: soundfile.write(path, wave.clamp(-1, 1).numpy(), self.sample_rate, "PCM_16",
-                                                       format="WAV"))
+        write_whole(audio, lambda path: soundfile.write(path, wave.numpy(), self.sample_rate, "PCM_16", format="WAV"))
         return status, reason
 
-    def write(self, name, save):
-        path = self.out / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            save(part)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+
+def whatever_is_wrong(function, path, *args):
+    """function(path, *args), whose every error with that file is Unreadable: decoders fail in many ways."""
+    try:
+        return function(path, *args)
+    except (av.FFmpegError, AttributeError, ValueError, RuntimeError, ArithmeticError, LookupError,
+            MemoryError) as error:
+        if isinstance(error, Unreadable):
+            raise
+        raise Unreadable(f"{path}: {type(error).__name__}: {error}") from None
+
+
+def write_whole(path, save):
+    """save(temporary path), then rename it to `path`. Raises OSError that names the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")  # what a killed run leaves, the next one overwrites
+    try:
+        save(part)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # soundfile's is a RuntimeError
+        part.unlink(missing_ok=True)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "is the disk full?"
+        raise OSError(f"{path}: can't be written ({reason})") from None
 
 
 def extract(table, videos, out, sample_rate=FrontEnd.sample_rate, side=224, workers=2):
     """Cut a table's segments out of the videos below a folder; returns {status: count}.
 
     Leaves `<split>.jsonl` (the index) and `<split>_report.csv` (a line a segment: id, status, reason) in `out`. Called
-    again it goes on where it was cut short, and tries again what was missing or unreadable.
+    again it goes on where it was cut short, keeps what is there even if its video is gone, and tries again what was
+    missing or unreadable. Raises FileNotFoundError, ValueError (other settings than before, nothing found).
     """
     table, out = Path(table), Path(out)
     segments, files = read_segments(table), by_video(find_files(videos, VIDEO))
     split = {table: split for split, table in AUDIOSET_SPLITS.items()}.get(table.stem, table.stem)
     names = class_names(table.parent) if (table.parent / CLASS_NAMES).exists() else {}
-    out.mkdir(parents=True, exist_ok=True)
-    for left_over in out.glob("*/*/*.part"):  # of a run that was killed
-        left_over.unlink(missing_ok=True)
+    note, made_with = out / "extract.json", json.dumps({"sample_rate": sample_rate, "side": side})
+    if note.exists() and note.read_text() != made_with:
+        raise ValueError(f"{out} was extracted with {note.read_text()}, not {made_with}; choose another --out")
+    write_whole(note, lambda path: path.write_text(made_with))
     cut = Extraction(out, sample_rate, side)
-    jobs = [(segment, *file_of(segment, files)) for segment in segments]
-    jobs, missing = [job for job in jobs if job[2]], [job[0] for job in jobs if not job[2]]
-    index, report = [], [(segment.id, "missing", f"no {segment.video}.* in {videos}") for segment in missing]
-    with tqdm(total=len(jobs), desc=f"{split}: {len(jobs)} of {len(segments)} videos found", unit=" clips") as bar:
-        for (segment, *_), (status, reason) in zip(jobs, in_processes(cut, jobs, workers)):
+    jobs = [(segment, files_of(segment, files)) for segment in segments]
+    found, index, report = sum(bool(job[1]) for job in jobs), [], []
+    with tqdm(total=len(jobs), desc=f"{split}: {found} of {len(segments)} videos found", unit=" clips") as bar:
+        for (segment, _), (status, reason) in zip(jobs, in_processes(cut, jobs, workers)):
             bar.update()
             report.append((segment.id, status, reason))
             if status == "unreadable":
-                bar.write(f"skipped: {reason}", file=sys.stderr)
-                continue
-            audio, frames = cut.paths(segment)
-            row = {"id": segment.id, "audio": audio, "frames": frames if status == "done" else [],
-                   "labels": [names.get(mid, mid) for mid in segment.labels], "captions": list(segment.captions)}
-            index.append(json.dumps({key: value for key, value in row.items() if value}, ensure_ascii=False) + "\n")
-    for name, write in ((f"{split}.jsonl", lambda file: file.writelines(index)),
-                        (f"{split}_report.csv", lambda file: csv.writer(file).writerows(
-                            [("id", "status", "reason"), *report]))):
-        with open(out / f"{name}.part", "w", encoding="utf-8", newline="") as file:
-            write(file)
-        os.replace(out / f"{name}.part", out / name)
+                bar.write(f"skipped: {reason}".encode(errors="backslashreplace").decode(), file=sys.stderr)
+            if status in ("done", "no pictures"):
+                audio, frames = cut.paths(segment)
+                row = {"id": segment.id, "audio": audio, "frames": frames if status == "done" else [],
+                       "labels": [names.get(mid, mid) for mid in segment.labels], "captions": list(segment.captions)}
+                row = {key: value for key, value in row.items() if value}
+                index.append(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def save_report(path):
+        with open(path, "w", encoding="utf-8", newline="", errors="backslashreplace") as file:
+            csv.writer(file).writerows([("id", "status", "reason"), *report])
+
+    write_whole(out / f"{split}_report.csv", save_report)
     counts = {status: sum(row[1] == status for row in report)
               for status in ("done", "no pictures", "unreadable", "missing")}
-    print(f"{len(segments)} segments: " + ", ".join(f"{count} {status}" for status, count in counts.items())
-          + f"\nindex {out / f'{split}.jsonl'}, reasons in {out / f'{split}_report.csv'}")
+    summary = f"{len(segments)} segments: " + ", ".join(f"{count} {status}" for status, count in counts.items())
+    if not index:
+        raise ValueError(f"{summary}; reasons in {out / f'{split}_report.csv'}. Is {videos} the right folder?")
+    write_whole(out / f"{split}.jsonl", lambda path: path.write_text("".join(index), encoding="utf-8"))
+    print(f"{summary}\nindex {out / f'{split}.jsonl'}, reasons in {out / f'{split}_report.csv'}")
     return counts
 
 
@@ -918,7 +970,8 @@ def write_toy_pools(folder, rng):
 def free_caption(rng):
     """What a language model that has read captions of pictures might write: their words, put together anew."""
     one, other = (THINGS[i] for i in rng.integers(len(THINGS), size=2))
-    first, second = (f"{list(COUNTS)[count - 1]} {colour} {plural(shape, count)}" for shape, colour, count in (one, other))
+    first, second = (f"{list(COUNTS)[count - 1]} {colour} {plural(shape, count)}"
+                     for shape, colour, count in (one, other))
     return str(rng.choice([f"{first} and {second}", f"a picture of {first}", f"{first} next to {second}",
                            f"there are {first} , {rng.choice(['small', 'large'])} and {other[1]}"]))
 
@@ -975,13 +1028,15 @@ def main():
         print(f"{args.out}: {', '.join(f'{split} {count}' for split, count in TOY_SPLITS.items())}; "
               f"next: python pretrain.py --data toy")
     elif args.command == "extract":
+        if args.sample_rate < 1000 or args.side < 0:
+            raise ValueError("--sample-rate is in Hz, at least 1000; --side in pixels, at least 0")
         if not Path(args.videos).is_dir():
             raise FileNotFoundError(f"{args.videos}: no such folder; --videos names the one with the downloaded videos")
         out = args.out or Path(args.segments).parent
         extract(args.segments, args.videos, out, args.sample_rate, args.side, args.workers)
     else:
         folder = dataset_folder(args.data)
-        name = folder.name if folder.name in READERS else "audioset"
+        name = next((name for name in READERS if READERS[name].table(folder, args.split).exists()), "audioset")
         clips = [clip for clip in read_split(name, folder, args.split) if clip.audio]
         front_end = FrontEnd(args.sample_rate, args.mels, args.frames)
         mean, std, read = statistics(clips, front_end, args.workers)
@@ -993,4 +1048,6 @@ if __name__ == "__main__":
     try:
         main()
     except (OSError, ValueError) as error:
-        sys.exit(f"data.py: {error}")
+        sys.exit(f"data.py: {str(error).strip().splitlines()[-1]}")  # of an error in a worker without its traceback
+    except KeyboardInterrupt:
+        sys.exit("data.py: stopped; the same command goes on from here")

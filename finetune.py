@@ -41,7 +41,7 @@ from data import (
     read_index,
     read_split,
 )
-from evaluate import average_precision, ranking, retrieval_metrics, table
+from evaluate import average_precision, ranking, retrieval_metrics, save_json, table
 from model import VisionTransformer
 from pretrain import (
     TOY,
@@ -405,11 +405,11 @@ def finetune_on_labels(settings, device):
         values = list(results.values())
         spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
         print(f"\n{settings.head}, {measure} in %: "
-              + ", ".join(f"{name} {value:.1f}" for name, value in results.items()) + f"\nmean {np.mean(values):.1f}{spread}, {len(labels)} classes; paper: "
+              + ", ".join(f"{name} {value:.1f}" for name, value in results.items())
+              + f"\nmean {np.mean(values):.1f}{spread}, {len(labels)} classes; paper: "
               f"{PAPER_HEADS.get(settings.head, '-')}; {(time.time() - began) / 60:.1f} min")
-        (out / "head.json").write_text(json.dumps({"head": settings.head, "settings": asdict(settings),
-                                                   "results": results, "mean": np.mean(values),
-                                                   "versions": versions()}, indent=1) + "\n")
+        save_json(out / "head.json", {"head": settings.head, "settings": asdict(settings), "results": results,
+                                      "mean": np.mean(values), "versions": versions()})
 
 
 # ------------------------------------------------------------------------------------- the ladder
@@ -449,7 +449,8 @@ def climb(ladder, seed):
     """All rows with one seed -> {row: {metric: %}}."""
     out, clip = Path(ladder.out) / f"seed{seed}", ["--clip", TOY.clip, "--vocab", TOY.vocab]
     start = out / "vip-AnT/checkpoint.pt"
-    rows = {"VA-Rand": ["pretrain.py", "--data", "toy", "--init", "random"], "vip-AnT": ["pretrain.py", "--data", "toy"]}
+    pretrain = ["pretrain.py", "--data", "toy"]
+    rows = {"VA-Rand": [*pretrain, "--init", "random"], "vip-AnT": pretrain}
     tune = ["finetune.py", "--data", "toy", "--init", start]
     rows |= {f"+AT {source.upper()}": [*tune, "--source", source] for source in ("ac", "fc", "vc", "rc", "gl", "gc")}
     rows["+VAT GC"] = [*tune, "--source", "gc", "--objective", "vat"]
@@ -495,7 +496,7 @@ def run_ladder(ladder):
         verdict = "holds" if positive == len(gaps) else "does not hold" if positive == 0 else "unclear"
         lines.append([claim, mean_and_spread(gaps), f"{positive} of {len(gaps)}", verdict])
     table(["", "difference", "seeds", ""], lines)
-    Path(ladder.out, "ladder.json").write_text(json.dumps({"runs": runs, "versions": versions()}, indent=1) + "\n")
+    save_json(Path(ladder.out) / "ladder.json", {"runs": runs, "versions": versions()})
 
 
 # ----------------------------------------------------------------------------------- the command

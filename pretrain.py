@@ -47,12 +47,12 @@ from data import (
     FrontEnd,
     Unreadable,
     dataset_folder,
+    held_out_by_audiocaps,
     load_image,
     make_toy,
     mask,
     read_index,
     read_split,
-    tested_by_audiocaps,
 )
 from model import CLIP, LARS, VisionTransformer, info_nce, parameter_groups, schedule
 
@@ -120,7 +120,7 @@ class Settings(Training):
 TOY = Settings(data="toy", leave_out="none", clip="out/toy/clip/clip.pt", vocab="data/toy/vocab.txt.gz",
                sample_rate=16_000, mels=64, frames=100, mean=-2.21, std=3.51, stride_time=12, stride_mel=12, batch=64,
                epochs=9, warmup_epochs=0.5, lr_weights=8.0, lr_biases=1e-2, workers=1, log_every=62)
-TOY_CLIP = replace(TOY, out="out/toy/clip", optimizer="adam", batch=128, epochs=5, warmup_epochs=0.3,
+TOY_CLIP = replace(TOY, out="out/toy/clip", optimizer="adam", batch=128, epochs=8, warmup_epochs=0.3,
                    lr_weights=5e-4, lr_biases=5e-4, workers=0, log_every=62)
 PRESETS = {"toy": TOY}
 
@@ -694,7 +694,7 @@ def training_clips(folder, leave_out):
     if not clips:
         raise ValueError(f"{folder}: not one of {len(listed)} clips has sound and frames; python data.py extract makes "
                          f"them from videos")
-    held_out = tested_by_audiocaps(clips, leave_out) if leave_out != "none" else [False] * len(clips)
+    held_out = held_out_by_audiocaps(clips, leave_out) if leave_out != "none" else [False] * len(clips)
     if all(held_out):
         raise ValueError(f"{folder}: every clip is in AudioCaps' val or test set ({leave_out}); --leave-out none "
                          f"trains on them")

@@ -23,8 +23,9 @@ from data import (
     cut_audio,
     cut_frames,
     extract,
-    file_of,
+    files_of,
     find_files,
+    held_out_by_audiocaps,
     in_processes,
     load_audio,
     read_coco_captions,
@@ -32,7 +33,6 @@ from data import (
     read_segments,
     read_split,
     statistics,
-    tested_by_audiocaps,
     youtube_id,
 )
 
@@ -75,8 +75,9 @@ def test_audioset_as_published(audioset):
 
 @pytest.mark.parametrize(("line", "reason"), [
     (f"{A}, 30.000, 40.000", "not enough values"), (f'{A}, soon, 40.000, "/m/0"', "could not convert"),
-    (f'{A}, 40.000, 30.000, "/m/0"', "no stretch"), ('../../etc, 0, 10, "/m/0"', "no stretch"),
-    (f'{A}, 0, inf, "/m/0"', "no stretch")])
+    (f'{A}, 40.000, 30.000, "/m/0"', "no stretch"), ('../../etc, 0, 10, "/m/0"', "no id of a YouTube video"),
+    (f'{A}, 0, inf, "/m/0"', "no stretch"), (f'{A}, 1, 1.001, "/m/0"', "no stretch"),
+    (f'Y{A}, 0, 10, "/m/0"', "no id of a YouTube video")])
 def test_a_bad_segment_is_named_by_file_and_line(audioset, line, reason):
     (audioset / "eval_segments.csv").write_text(AUDIOSET + line + "\n")
     with pytest.raises(ValueError, match=rf"eval_segments\.csv:7: .*{reason}"):
@@ -84,18 +85,23 @@ def test_a_bad_segment_is_named_by_file_and_line(audioset, line, reason):
 
 
 @pytest.mark.parametrize(("name", "parts"), [
-    (A, (A, None)), (f"Y{A}", (A, None)), (C, (C, None)), (f"Y{C}", (C, None)), (f"{B}_30", (B, 30)),
-    (f"Y{B}_30.000_40.000", (B, 30)), (f"{A}_30000_40000", (A, 30_000)), ("short", None), (f"{A}_x", None)])
+    (A, (A, None, None)), (f"Y{A}", (A, None, None)), (C, (C, None, None)), (f"Y{C}", (C, None, None)),
+    (f"{B}_30", (B, 30, None)), (f"Y{B}_30.000_40.000", (B, 30, 40)), (f"{A}_30000_40000", (A, 30_000, 40_000)),
+    ("short", None), (f"{A}_x", None)])
 def test_names_of_files_that_people_have(name, parts):
     assert youtube_id(name) == parts
 
 
 def test_a_file_is_taken_by_its_start_then_by_its_id(tmp_path):
-    """Start in seconds or milliseconds; a file of another stretch of the video is not the clip."""
+    """Start in seconds or milliseconds; a file of another stretch of the video is not the clip; pictures before sound."""
     segment, = (s for s in read_segments(write(tmp_path / "s.csv", AUDIOSET)) if s.video == A)
     for names, chosen in (((f"{A}", f"{A}_30"), f"{A}_30"), ((f"{A}_60", f"{A}_30000_40000"), f"{A}_30000_40000"),
-                          ((f"{A}_60",), ""), ((f"{A}_60", f"Y{A}"), f"Y{A}"), ((), "")):
-        assert file_of(segment, by_video([f"x/{name}.wav" for name in names]))[1] == (chosen and f"x/{chosen}.wav")
+                          ((f"{A}_60",), ""), ((f"{A}_60", f"Y{A}"), f"Y{A}"), ((), ""),
+                          ((f"{A}_30000_30010",), "")):
+        found = [path for _, path in files_of(segment, by_video([f"x/{name}.wav" for name in names]))]
+        assert found[:1] == ([f"x/{chosen}.wav"] if chosen else [])
+    both = by_video([f"x/{A}.m4a", f"x/{A}.webm", f"y/{A}_30.wav"])
+    assert files_of(segment, both) == [(True, f"y/{A}_30.wav"), (False, f"x/{A}.webm"), (False, f"x/{A}.m4a")]
 
 
 def write(path, text):
@@ -183,10 +189,10 @@ def test_clips_that_audiocaps_tests_with_are_left_out_of_training(tmp_path, audi
     (audioset / "eval_segments.csv").rename(audioset / "unbalanced_train_segments.csv")
     clips = read_split("audioset", audioset, "train")
     with pytest.raises(FileNotFoundError, match=r"val\.csv and .*test\.csv.*--leave-out none"):
-        tested_by_audiocaps(clips, tmp_path)
+        held_out_by_audiocaps(clips, tmp_path)
     for split, video in (("val", A), ("test", C)):
         write(tmp_path / f"{split}.csv", f"audiocap_id,youtube_id,start_time,caption\n1,{video},30,hm\n")
-    assert tested_by_audiocaps(clips, tmp_path) == [True, False, True]
+    assert held_out_by_audiocaps(clips, tmp_path) == [True, False, True]
 
 
 # ---------------------------------------------------------------------------------- extraction
@@ -296,8 +302,8 @@ def test_extraction_end_to_end(run, tmp_path):
     assert index[f"{blind}_2"].frames == ()
     with open(tmp_path / "out/test_report.csv", newline="") as file:
         report = {row["id"]: row for row in csv.DictReader(file)}
-    for name, status, reason in ((mute, "unreadable", "no sound"), (cut, "unreadable", "its sound ends"), (missing, "missing", "no "),
-                                 (text, "unreadable", "can't be opened"), (late, "unreadable", "ends 7.0 s before 12 s")):
+    for name, status, reason in ((mute, "unreadable", "no sound"), (cut, "unreadable", "s of sound from 2 s on"), (missing, "missing", "no "),
+                                 (text, "unreadable", "can't be opened"), (late, "unreadable", "has 3.0 of 10 s of sound from 2 s on")):
         assert report[f"{name}_2"]["status"] == status and reason in report[f"{name}_2"]["reason"], report
     assert not list((tmp_path / "out").glob("**/*.part"))
 
@@ -308,9 +314,9 @@ def test_a_video_that_was_cut_off_keeps_what_comes_before_the_cut(tmp_path):
     (tmp_path / "cut.mkv").write_bytes((tmp_path / "v.mkv").read_bytes()[:(tmp_path / "v.mkv").stat().st_size // 2])
     wave = cut_audio(tmp_path / "cut.mkv", 0, 4, RATE).numpy()
     assert abs(lag(wave, noise[:4 * RATE])) <= RATE // 1000  # Matroska's time stamps are whole milliseconds
-    with pytest.raises(Unreadable, match=r"cut\.mkv: its sound ends \d\.\d s before 12 s"):
+    with pytest.raises(Unreadable, match=r"cut\.mkv: has \d\.\d of 10 s of sound from 2 s on"):
         cut_audio(tmp_path / "cut.mkv", 2, 12, RATE)
-    with pytest.raises(Unreadable, match=r"cut\.mkv: its pictures end before"):
+    with pytest.raises(Unreadable, match=r"cut\.mkv: has no picture at "):
         cut_frames(tmp_path / "cut.mkv", [2, 5.3, 8.7, 12], 0)
 
 
@@ -347,6 +353,73 @@ def test_extraction_that_was_killed_goes_on_and_leaves_nothing_half_written(tmp_
     assert not list((tmp_path / "out").glob("**/*.part"))
     images = {path.read_bytes() for path in (tmp_path / "out/frames").glob("*/*_2_1.jpg")}
     assert len(images) == 1  # the same video gives the same frame, before the kill and after it
+
+
+def test_what_was_extracted_stays_when_its_video_goes(tmp_path, capsys):
+    """People download, extract and delete shard by shard; a wrong --videos must not empty the index either."""
+    for name in names(2):
+        make_video(tmp_path / f"in/{name}.mp4")
+    (tmp_path / "in/other.mp4.part").write_text("somebody's download")
+    table = segments_csv(tmp_path / "train.csv", names(3))
+    extract(table, tmp_path / "in", tmp_path / "in", workers=0)
+    (tmp_path / f"in/{names(2)[0]}.mp4").unlink()
+    assert extract(table, tmp_path / "in", tmp_path / "in", workers=0)["done"] == 2
+    assert (tmp_path / "in/other.mp4.part").exists()
+    with pytest.raises(ValueError, match=r'extracted with \{"sample_rate": 44100'):
+        extract(table, tmp_path / "in", tmp_path / "in", sample_rate=16_000, workers=0)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"0 done.*3 missing.*Is .*empty the right folder"):
+        extract(table, tmp_path / "empty", tmp_path / "elsewhere", workers=0)
+    assert not (tmp_path / "elsewhere/train.jsonl").exists()
+
+
+def test_of_several_files_the_one_that_has_pictures_is_taken(tmp_path):
+    video, = names(1)
+    make_video(tmp_path / f"in/{video}.m4a", pictures=False)
+    make_video(tmp_path / f"in/{video}.mkv")
+    (tmp_path / f"in/{video}.mp4").write_bytes(b"")
+    counts = extract(segments_csv(tmp_path / "train.csv", [video]), tmp_path / "in", tmp_path, workers=0)
+    assert counts["done"] == 1
+
+
+def test_a_still_picture_lasts_and_a_picture_that_comes_late_does_not_count(tmp_path):
+    with av.open(str(tmp_path / "still.mp4"), "w") as container:
+        video = container.add_stream("mpeg4", rate=1)
+        video.width, video.height = 160, 96
+        for second in range(14):
+            image = np.full((96, 160, 3), 10 * second, np.uint8)
+            container.mux(video.encode(av.VideoFrame.from_ndarray(image, "rgb24")))
+        container.mux(video.encode())
+    images = cut_frames(tmp_path / "still.mp4", [4, 4 + 10 / 3, 4 + 20 / 3, 14], 0)  # the last second's picture lasts
+    assert [round(np.asarray(image.convert("L")).mean() / 10) for image in images] == [4, 7, 10, 13]
+    with pytest.raises(Unreadable, match="no picture at 15"):
+        cut_frames(tmp_path / "still.mp4", [15.0], 0)
+
+
+@pytest.mark.parametrize("start", [0.0, 3.0, 7.5])
+def test_streams_without_an_index_give_the_right_pictures_too(tmp_path, start):
+    """MPEG-TS: seeking lands anywhere, and pictures can be decoded only from the next key frame on."""
+    make_video(tmp_path / "v.ts")
+    times = [start + i * 2 for i in range(4)]
+    assert [number_of(image) for image in cut_frames(tmp_path / "v.ts", times, 0)] == [
+        int(FPS * time + 1e-6) for time in times]
+
+
+def test_a_hole_in_the_sound_is_noticed(tmp_path):
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, 14 * RATE).astype(np.float32)
+    with av.open(str(tmp_path / "v.mkv"), "w") as container:
+        audio = container.add_stream("flac", rate=RATE)
+        audio.layout = "mono"
+        for start in range(0, len(noise), 1024):
+            if not 5 * RATE < start < 9 * RATE:
+                frame = av.AudioFrame.from_ndarray(
+                    (noise[None, start:start + 1024] * 32_767).astype(np.int16), "s16", "mono")
+                frame.sample_rate, frame.pts, frame.time_base = RATE, start, Fraction(1, RATE)
+                container.mux(audio.encode(frame))
+        container.mux(audio.encode())
+    assert len(cut_audio(tmp_path / "v.mkv", 0, 4, RATE)) == 4 * RATE
+    with pytest.raises(Unreadable, match=r"has [56]\.\d of 10 s of sound from 3 s on"):
+        cut_audio(tmp_path / "v.mkv", 3, 13, RATE)
 
 
 def test_audiocaps_clips_can_be_extracted_too(tmp_path):
