@@ -257,7 +257,7 @@ class ArchiveReader(pickle.Unpickler):
         _, dtype, key, _, numel = pid
         if key not in self.storages:
             if self.archive.getinfo(f"{self.folder}data/{key}").compress_type != zipfile.ZIP_STORED:
-                raise ValueError(f"storage {key} is compressed, as PyTorch's never are")  # a few bytes could fill memory
+                raise ValueError(f"storage {key} is compressed, as PyTorch's never are")  # few bytes could fill memory
             data = bytearray(self.archive.read(f"{self.folder}data/{key}"))
             self.storages[key] = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
         if len(self.storages[key]) != numel:

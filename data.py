@@ -372,12 +372,12 @@ CLASS_NAMES = "class_labels_indices.csv"
 AUDIOSET_SPLITS = {"train": "unbalanced_train_segments", "val": "balanced_train_segments", "test": "eval_segments"}
 AUDIO = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".caf", ".w64")
 VIDEO = (".mp4", ".m4v", ".mkv", ".webm", ".mov", ".qt", ".avi", ".flv", ".f4v", ".3gp", ".3g2", ".ts", ".m2ts",
-         ".mpg", ".mpeg", ".wmv", ".asf", ".ogv", ".m4a", ".mka", ".aac", ".wma", *AUDIO)  # those with sound alone come last
+         ".mpg", ".mpeg", ".wmv", ".asf", ".ogv", ".m4a", ".mka", ".aac", ".wma", *AUDIO)  # sound alone comes last
 YOUTUBE = re.compile(r"Y?([\w-]{11})(?:_(\d+(?:\.\d+)?))?(?:_(\d+(?:\.\d+)?))?", re.ASCII)
 
 
 def youtube_id(name):
-    """`{id}`, `Y{id}`, `{id}_{start}` or `{id}_{start}_{end}` -> (id, start, end) or None; numbers in the name's unit."""
+    """`{id}`, `Y{id}`, `{id}_{start}` or `{id}_{start}_{end}` -> (id, start, end), numbers as they stand; or None."""
     found = YOUTUBE.fullmatch(name)
     return found and (found[1], *(number and float(number) for number in found.groups()[1:]))
 

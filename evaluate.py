@@ -4,6 +4,8 @@
     python evaluate.py --task esc50 --compare a.pt b.pt               # several checkpoints in one table and one chart
     python evaluate.py --task all                                     # whatever is on disk, beside the paper's numbers
     python evaluate.py --task all --data toy                          # every task on the toy world
+    python evaluate.py --task scaling --compare GC-442.pt GC-4k.pt GC.pt      # accuracy by number of pairs: Fig. 7
+    python evaluate.py --task curve --compare out/*/pretrain*/checkpoint.pt   # retrieval by epoch: Fig. 5
     python evaluate.py --task tag --audio street.wav --labels "dog, rain, car horn"
     python evaluate.py --task search --audio RECORDINGS --query "glass breaking"
 
@@ -604,6 +606,93 @@ def by_class(runs, place, chart_only):
         print(f"{part} by class: {place}{part}_classes.png")
 
 
+# ------------------------------------------------------------------------------------- curves
+
+def line_fit(x, y, target, draws=10_000):
+    """Straight line through points, and where it reaches `target` -> slope, intercept, x there, its 95 % interval.
+
+    x, y: (n,) with n >= 3. The interval is parametric: slope and intercept are drawn from the normal distribution that
+    least squares gives them (residuals estimate the noise, Student's t widens it for few points). Draws whose slope is
+    not positive never reach the target and count as infinity.
+    """
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    design = np.stack([x, np.ones_like(x)], 1)                                        # (n, 2)
+    (slope, intercept), *_ = np.linalg.lstsq(design, y, rcond=None)
+    residual = y - design @ (slope, intercept)
+    free = len(x) - 2
+    covariance = residual @ residual / free * np.linalg.inv(design.T @ design)
+    rng = np.random.default_rng(0)
+    scale = np.sqrt(free / rng.chisquare(free, draws))[:, None]
+    drawn = (slope, intercept) + scale * rng.multivariate_normal((0, 0), covariance, draws)
+    with np.errstate(divide="ignore"):
+        reached = np.where(drawn[:, 0] > 0, (target - drawn[:, 1]) / np.maximum(drawn[:, 0], 1e-12), np.inf)
+    at = (target - intercept) / slope if slope > 0 else math.inf
+    return slope, intercept, at, np.quantile(reached, [0.025, 0.975], method="lower").tolist()
+
+
+def scaling(measured, metric, target, out):
+    """Metric against the number of gold pairs, a straight line over log2(pairs), and where it meets a target (Fig. 7).
+
+    measured: {pairs: %}. Draws `out` and returns what it prints.
+    """
+    pairs = sorted(measured)
+    if len(pairs) < 3:
+        raise ValueError(f"a line needs checkpoints of at least 3 numbers of pairs, these have {pairs}")
+    x, y = [math.log2(count) for count in pairs], [measured[count] for count in pairs]
+    slope, intercept, at, (low, high) = line_fit(x, y, target)
+    table(["pairs", metric], [[str(count), f"{measured[count]:.1f}"] for count in pairs])
+    print(f"  {metric} = {intercept:.1f} + {slope:.2f} · log2(pairs); it reaches {target:g} % at 2^{at:.1f} pairs, "
+          f"95 % interval 2^{low:.1f} to 2^{high:.1f}, if it stays a line (paper, ESC-50: 81 % at 2^21)")
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    axes = figure.subplots()
+    ends = np.array([min(x), min(max(at, max(x)), max(x) + 12)])
+    axes.plot(2 ** ends, intercept + slope * ends, "--", color="grey")
+    axes.plot(pairs, y, "o")
+    axes.axhline(target, color="grey", linewidth=0.5)
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="gold pairs", ylabel=f"{metric} (%)")
+    figure.savefig(out, dpi=150)
+    print(f"  drawn in {out}")
+    return {"pairs": pairs, "values": y, "slope": slope, "intercept": intercept, "log2 pairs at target": at,
+            "interval": [low, high if math.isfinite(high) else None], "target": target}
+
+
+def task_scaling(models, folder, paths, target, out):
+    """Zero-shot accuracy, with the prompt, of checkpoints fine-tuned on different numbers of gold pairs (Fig. 7)."""
+    measured = {}
+    for model, path in zip(models, paths):
+        checkpoint = load_checkpoint(path, ["finetune"])
+        if checkpoint["settings"]["source"] != "gc":
+            raise ValueError(f"{path}: was fine-tuned on {checkpoint['settings']['source']}; needed: gold pairs (gc)")
+        pairs = checkpoint["settings"]["pairs"] or checkpoint["samples"]
+        accuracy = classification(model, "esc50", folder)["values"]["prompt"]["accuracy"][0]
+        measured.setdefault(pairs, []).append(accuracy)  # several seeds are averaged
+    return scaling({pairs: float(np.mean(values)) for pairs, values in measured.items()}, "zero-shot accuracy", target,
+                   out / "scaling.png")
+
+
+def curve(paths, out):
+    """Image-audio retrieval by epoch, from the logs beside the checkpoints (Fig. 5)."""
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    axes = figure.subplots()
+    for path in paths:
+        log = path.with_name("log.jsonl")
+        if not log.exists():
+            raise FileNotFoundError(f"{log}: no log beside the checkpoint; pretrain.py and finetune.py leave one")
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        measured = [(line["epoch"], *(value for key, value in line.items() if key.endswith("@1"))) for line in lines
+                    if any(key.endswith("@1") for key in line)]
+        if not measured:
+            raise ValueError(f"{log}: no validation in it")
+        name = next(key for line in lines for key in line if key.endswith("@1"))
+        axes.plot(*zip(*(row[:2] for row in measured)), marker="o", label=path.parent.name)
+        print(f"{path.parent.name}: {name} by epoch: {' '.join(f'{row[1]:.1f}' for row in measured)}")
+    axes.set(xlabel="epoch", ylabel=f"{name} (%)")
+    axes.legend(fontsize="small")
+    figure.savefig(out, dpi=150)
+    print(f"drawn in {out}")
+
+
 # ---------------------------------------------------------------------------- a user's own sounds
 
 def windows(path, seconds):
@@ -751,7 +840,7 @@ def save_json(path, content):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--task", required=True, choices=[*TASKS, "toy", "all", "tag", "search"])
+    parser.add_argument("--task", required=True, choices=[*TASKS, "toy", "all", "scaling", "curve", "tag", "search"])
     parser.add_argument("--checkpoint", help="of pretrain.py, finetune.py or clip_load.py import-vipant "
                                              "(out/audioset/pretrain/checkpoint.pt; for the toy out/toy/pretrain/…)")
     parser.add_argument("--compare", nargs="+", metavar="CHECKPOINT", help="several checkpoints, side by side")
@@ -762,6 +851,7 @@ def main():
     parser.add_argument("--audio", nargs="+", metavar="FILE", help="tag, search: recordings, or folders of them")
     parser.add_argument("--labels", help='tag: labels to choose from, separated by commas: "dog, rain"')
     parser.add_argument("--query", nargs="+", metavar="TEXT", help="search: what to look for")
+    parser.add_argument("--target", type=float, default=81, help="scaling: accuracy to reach (81 %%: people on ESC-50)")
     parser.add_argument("--top", type=int, default=10, help="search: answers to print (10)")
     parser.add_argument("--clip", help="CLIP's weights (those the checkpoint names)")
     parser.add_argument("--vocab", help="the tokenizer's vocabulary (the one the checkpoint names)")
@@ -789,10 +879,19 @@ def main():
         else:
             search(model, files, args.query, out / "heard", args.top)
         return
+    if args.task == "curve":
+        curve(paths, out / "curve.png")
+        return
     tasks, runs = list(TASKS) if args.task == "all" else [args.task], []
     if args.task != "all":
-        dataset_folder(args.data or TASKS.get(args.task, (task_toy, "toy"))[1])  # before the checkpoint is asked for
+        place = {"toy": "toy", "scaling": "esc50"}.get(args.task) or TASKS[args.task][1]
+        folder = dataset_folder(args.data or place)  # before the checkpoint is asked for
     models = [Model(path, args.clip, args.vocab, device, args.workers) for path in paths]  # what is broken shows now
+    if args.task == "scaling":
+        result = task_scaling(models, folder, paths, args.target, out)
+        if ranks()[0] == 0:
+            save_json(out / "scaling.json", result | {"checkpoints": [model.identity for model in models]})
+        return
     missing = set()
     for path, model in zip(paths, models):
         row = args.row or model.identity["row"]

@@ -18,6 +18,7 @@ from evaluate import (
     chance_map,
     hear,
     interval,
+    line_fit,
     mean_average_precision,
     paper_of,
     pivotability,
@@ -141,6 +142,21 @@ def test_the_interval_of_a_map_covers_the_truth():
     intervals = [mean_average_precision(*world(2000, seed))[0] for seed in range(10)]
     assert all(low < value < high for value, low, high in intervals)
     assert sum(low <= truth <= high for _, low, high in intervals) >= 8  # a plain percentile interval: about 2
+
+
+def test_a_line_through_points_and_where_it_meets_a_target():
+    slope, intercept, at, (low, high) = line_fit([1, 2, 3, 4], [15, 20, 25, 30], target=81)
+    assert (slope, intercept, at) == pytest.approx((5, 10, 14.2)) and low == pytest.approx(14.2) == high
+    assert line_fit([1, 2, 3], [3, 2, 1], 81)[2] == float("inf")  # a falling line never gets there
+
+
+def test_the_extrapolations_interval_holds_the_truth_as_often_as_it_says():
+    rng, x = np.random.default_rng(0), np.arange(5, 12)
+    held = []
+    for _ in range(200):
+        _, _, _, (low, high) = line_fit(x, 10 + 5 * x + rng.normal(size=7), target=81, draws=1000)
+        held.append(low <= 14.2 <= high)
+    assert 0.88 <= np.mean(held) <= 0.99
 
 
 def test_what_the_paper_reports():

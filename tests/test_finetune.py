@@ -120,6 +120,21 @@ def test_few_shot_vat_and_mined_pairs_run_too(run, started, tmp_path):
     assert losses(tmp_path / "vat")[0] > 1.5 * losses(tmp_path / "ac")[0]  # two losses instead of one
 
 
+def test_scaling_and_curve_are_drawn_from_what_runs_left(run, started, world, tmp_path):
+    paths = []
+    for pairs in (16, 32, 0):
+        out = tmp_path / f"gc{pairs}"
+        run("finetune.py", *flat(started | {"--source": "gc", "--pairs": pairs, "--epochs": 1, "--out": out}))
+        paths.append(out / "checkpoint.pt")
+    done = run("evaluate.py", "--task", "scaling", "--data", world, "--compare", *paths, "--target", 90, "--out", tmp_path)
+    saved = json.loads((tmp_path / "scaling.json").read_text())
+    assert saved["pairs"] == [16, 32, 64] and "· log2(pairs)" in done.stdout and (tmp_path / "scaling.png").stat().st_size
+    done = run("evaluate.py", "--task", "scaling", "--data", world, "--compare", *paths[:2], check=False)
+    assert done.returncode == 1 and "at least 3 numbers of pairs" in done.stderr
+    done = run("evaluate.py", "--task", "curve", "--compare", *paths, "--out", tmp_path)
+    assert done.stdout.count("audio->text R@1 by epoch:") == 3 and (tmp_path / "curve.png").stat().st_size
+
+
 def test_two_ranks_fine_tune_as_one(run, started, tmp_path):
     learners = []
     for ranks in (1, 2):
