@@ -28,7 +28,7 @@ def shared():
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A toy world of 64 training clips, with banks and all, used by many tests and changed by none."""
+    """A toy world of 64 training clips, used by many tests; they add banks and mined pairs and change nothing else."""
     folder = tmp_path_factory.mktemp("world") / "toy"
     make_toy(folder, splits={"pairs": 32, "train": 64, "val": 24, "test": 24})
     return folder

@@ -158,6 +158,29 @@ def test_bad_input_is_named(run, started, small_clip, tmp_path):
     assert done.returncode == 1 and "not the CLIP that" in done.stderr and "--clip" in done.stderr
 
 
+def test_the_ladder_weighs_each_claim_over_seeds(run, tmp_path):
+    """What is there is not done again: results laid out by hand give the table, its spread and the verdicts."""
+    rows = ["VA-Rand", "vip-AnT", "+ATAC", "+ATFC", "+ATVC", "+ATRC", "+ATGL", "+ATGC", "+VATGC", "+ATGC1", "+ATGC5",
+            "+ATGC20"]
+    for seed in range(2):
+        for i, row in enumerate(rows):
+            value = 10.0 * i + seed * (20 if row == "+ATAC" else 0)  # AC: 20, then 40; RC: 50; FC: 30
+            place = tmp_path / f"seed{seed}" / row
+            place.mkdir(parents=True)
+            metrics = {key: [value, value, value] for key in ("a2t_r1", "a2t_r10", "t2a_r1", "t2a_r10")}
+            labels = {variant: {"accuracy": [value, value, value]} for variant in ("prompt", "no prompt")}
+            (place / "toy.json").write_text(json.dumps({"results": {
+                "audio-text": {"values": {"no prompt": metrics}}, "zero-shot labels": {"values": labels}}}))
+    done = run("finetune.py", "ladder", "--seeds", 2, "--out", tmp_path)
+    lines = {line.split("   ")[0].strip(): line for line in done.stdout.splitlines()}
+    assert "30.0 ± 14.1" in lines["+AT AC"] and "10.0 ± 0.0" in lines["vip-AnT"]
+    verdicts = {claim: next(line for line in done.stdout.splitlines() if claim in line) for claim in (
+        "CLIP's weights are the better start", "mined audio captions beat random ones", "(AC, FC)")}
+    assert verdicts["CLIP's weights are the better start"].endswith(" holds")
+    assert verdicts["mined audio captions beat random ones"].endswith("does not hold")
+    assert verdicts["(AC, FC)"].endswith("unclear") and "0.0 ± 14.1" in verdicts["(AC, FC)"]
+
+
 # ------------------------------------------------------------------------------------ labels
 
 def small_encoder():
