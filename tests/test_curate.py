@@ -127,7 +127,7 @@ def test_mined_captions_are_those_that_clip_likes_best(run, flags, world, small_
     done = run("curate.py", *flat(flags | {"--source": "ac", "--preview": 3}), ranks=ranks)
     clips = read_index(world / "ac.jsonl", need=("audio", "frames", "captions"))
     pool = caption_pool("ac", world)
-    assert len(clips) == 64 and f"pool of {len(pool)} captions" in done.stdout and "(paper: 1080078 pairs)" in done.stdout
+    assert len(clips) == 64 and f"pool of {len(pool)} captions" in done.stdout and "pairs (paper: 1080078)" in done.stdout
     assert f"{sum(len(c.captions) for c in clips)} pairs" in done.stdout and "next: python finetune.py" in done.stdout
     assert all(10 <= len(c.captions) <= 40 and len(set(c.captions)) == len(c.captions) for c in clips)
     rows = [json.loads(line) for line in (world / "ac.jsonl").read_text().splitlines()]

@@ -146,7 +146,7 @@ def test_two_ranks_fine_tune_as_one(run, started, tmp_path):
 def test_bad_input_is_named(run, started, small_clip, tmp_path):
     for flags, message in (
             ({"--source": "gc", "--pairs": 65}, "--pairs 65: there are 64"),
-            ({"--source": "vc"}, "vc.jsonl: no pairs yet. Run: python curate.py --source vc"),
+            ({"--source": "vc", "--data": tmp_path}, "vc.jsonl: no pairs yet. Run: python curate.py --source vc"),
             ({}, "either --source"), ({"--source": "gc", "--head": "esc50"}, "either --source"),
             ({"--source": "gc", "--init": tmp_path / "no.pt"}, "no.pt: no such checkpoint")):
         done = run("finetune.py", *flat(started | {"--out": tmp_path / "x"} | flags), check=False)

@@ -261,7 +261,8 @@ def test_a_learner_gives_features_and_their_targets(world, small_clip, clips, tm
     clip = load_clip(small_clip)
     front_end = data.FrontEnd(16_000, 32, 60, -3.0, 4.0)
     learner = AudioLearner(audio_encoder_from_clip(clip, 60, 32, (8, 8)), front_end)
-    samples = AudioSamples(clips, frame_bank(tmp_path, clips, clip, CPU, 0), front_end)
+    samples = AudioSamples(clips, [frame_bank(tmp_path, clips, clip, CPU, 0)], front_end)
     batch = torch.utils.data.default_collate([Draws(samples, 0)[0, i] for i in range(4)])
-    audio, target = learner(batch)
-    assert audio.shape == target.shape == (4, 32) and torch.allclose(target.norm(dim=1), torch.ones(4), atol=1e-3)
+    audio, targets = learner(batch)  # one kind of target: frames
+    assert audio.shape == (4, 32) and targets.shape == (4, 1, 32)
+    assert torch.allclose(targets.norm(dim=2), torch.ones(4, 1), atol=1e-3)
