@@ -78,7 +78,8 @@ class Settings:
     columns: int = setting(16_384, "captions that are compared at a time")
 
 
-TOY_CURATION = Settings(data="toy", clip=TOY.clip, vocab=TOY.vocab, leave_out="none", workers=1)
+# The toy's pool has about six captions of a thing where a million have hundreds: the nearest ten would be mostly wrong.
+TOY_CURATION = Settings(data="toy", clip=TOY.clip, vocab=TOY.vocab, leave_out="none", k=3, workers=1)
 
 
 # ------------------------------------------------------------------------------------- the pool
