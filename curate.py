@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
@@ -74,8 +75,8 @@ class Settings:
     seed: int = setting(0, "of rc's random captions")
     preview: int = setting(0, "draw so many clips with their captions into <source>.png")
     workers: int = setting(min(8, os.cpu_count() or 1), "processes that decode, a rank")
-    rows: int = setting(0, "frames that are searched at a time; 0: 1024 on a CPU, 16384 on a GPU")
-    columns: int = setting(16_384, "captions that are compared at a time")
+    rows: int = setting(0, "frames that are searched at a time; 0: 2048 on a CPU, 16384 on a GPU")
+    columns: int = setting(8192, "captions that are compared at a time")
 
 
 # The toy's pool has about six captions of a thing where a million have hundreds: the nearest ten would be mostly wrong.
@@ -110,55 +111,75 @@ def caption_pool(source, folder):
 
 # -------------------------------------------------------------------------------------- mining
 
-SPARE = 16  # captions a shortlist holds beyond k
+SPARE, GROUP = 6, 64  # captions a shortlist holds beyond k; captions of which only the best one is looked at first
+
+
+def rows_of(captions, rows, device):
+    """Rows of a pool that lies on disk, or on the device already -> tensor on the device."""
+    if torch.is_tensor(captions):
+        return captions[rows]
+    return torch.from_numpy(np.array(captions[rows.cpu().numpy() if torch.is_tensor(rows) else rows])).to(device)
+
+
+def cosines_of(queries, part):
+    """Cosines of fp16 unit vectors, (b, D), (c, D) -> (b, c): fp16 on a GPU, fp32 by numpy's BLAS on a CPU."""
+    if queries.device.type == "cuda":
+        return queries @ part.T
+    return torch.from_numpy(queries.float().numpy() @ part.float().numpy().T)  # OpenBLAS: torch's MKL is slower on AMD
 
 
 def shortlist(queries, captions, size, columns):
-    """The `size` captions nearest to each query in fp32: queries (b, D) on any device -> cosines, indices (b, size)."""
-    best = queries.new_empty(len(queries), 0)
+    """The `size` captions nearest to each query, but for rounding: (b, D) -> cosines, nearest first, indices (b, size).
+
+    Sorting all cosines would take as long as computing them. The nearest `size` are among the `size` groups whose
+    best members are nearest, so only these are sorted.
+    """
+    best = queries.new_empty(len(queries), 0, dtype=torch.float32)
     index = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
     for start in range(0, len(captions), columns):
-        part = torch.from_numpy(captions[start:start + columns].astype(np.float32)).to(queries.device)
-        cosine, found = (queries @ part.T).topk(min(size, len(part)), dim=1)
-        best, index = torch.cat([best, cosine], 1), torch.cat([index, found + start], 1)
-        best, keep = best.topk(min(size, best.shape[1]), dim=1)                                      # (b, size)
+        part = rows_of(captions, slice(start, start + columns), queries.device)                      # (c, D)
+        groups = F.pad(cosines_of(queries, part), (0, -len(part) % GROUP), value=-torch.inf)
+        groups = groups.view(len(queries), -1, GROUP)                                                # (b, c/64, 64)
+        chosen = groups.amax(2).topk(min(size, groups.shape[1]), sorted=False).indices[:, :, None]   # (b, s, 1)
+        cosine, at = groups.take_along_dim(chosen, 1).flatten(1).float().topk(min(size, len(part)))  # (b, size)
+        found = start + chosen[:, :, 0].gather(1, at // GROUP) * GROUP + at % GROUP
+        best, index = torch.cat([best, cosine], 1), torch.cat([index, found], 1)
+        best, keep = best.topk(min(size, best.shape[1]))                                             # (b, size)
         index = index.gather(1, keep)
-    return best.cpu(), index.cpu()
+    return best, index
 
 
-def ranked(cosine, index, k):
-    """The first k of a row's captions by cosine, those with equal cosines by index: (n,), (n,) -> (k,), (k,)."""
-    order = np.lexsort((index, -cosine))[:k]
-    return cosine[order], index[order]
-
-
-def top_captions(images, captions, k, columns=16_384, device="cpu"):
+def top_captions(images, captions, k, columns=8192, device="cpu"):
     """Each image's k nearest captions, exactly: (b, D), (P, D) fp16 unit vectors -> cosines, indices (b, k).
 
-    A shortlist is found in fp32 and its cosines computed again in float64, where a dot product of fp16 unit vectors
-    has no rounding (its terms are multiples of 2^-48, its partial sums at most 1 in size: 49 bits of 53). What is not
-    on the shortlist is at best an fp32 rounding error nearer than the last that is; where that could matter, the row
-    is done again in float64 over all captions. So the result depends on no block size and no device.
+    captions: an array in memory or on disk, or a tensor on the device. Ties are ranked by index.
+
+    A shortlist is found in fp32 (fp16 on a GPU) and its cosines computed again in float64, where a dot product of fp16
+    unit vectors has no rounding (its terms are multiples of 2^-48, its partial sums at most 1 in size: 49 bits of 53).
+    What is not on the shortlist is at best a rounding error nearer than the last that is; where that could matter, the
+    row is done again in float64 over all captions. So the result depends on no block size and no device.
     """
-    error = 2 * images.shape[1] * 2.0 ** -23  # of a dot product of unit vectors in fp32, TF32's truncation included
-    queries = torch.from_numpy(images.astype(np.float32)).to(device)                                 # (b, D)
-    fast, index = shortlist(queries, captions, min(k + SPARE, len(captions)), columns)
-    cosines, indices = np.empty((len(images), k), np.float32), np.empty((len(images), k), np.int64)
-    for start in range(0, len(images), 128):
-        near = index[start:start + 128].numpy()                                                      # (128, size)
-        exact = np.einsum("bd,bsd->bs", images[start:start + 128].astype(np.float64),
-                          captions[near].astype(np.float64))                                         # (128, size)
-        for row, (cosine, candidates) in enumerate(zip(exact, near), start):
-            best, chosen = ranked(cosine, candidates, k)
-            if len(candidates) < len(captions) and best[-1] <= fast[row, -1].item() + error:
-                everything = np.concatenate([captions[i:i + columns].astype(np.float64) @ images[row].astype(np.float64)
-                                             for i in range(0, len(captions), columns)])             # (P,)
-                best, chosen = ranked(everything, np.arange(len(captions)), k)
-            cosines[row], indices[row] = best, chosen
+    queries, size = torch.as_tensor(images, device=device), min(k + SPARE, len(captions))            # (b, D)
+    fast, index = shortlist(queries, captions, size, columns)
+    index = index.sort(1).values                     # so that a stable sort by cosine leaves ties in order
+    exact = []
+    for part, near in zip(queries.split(256), index.split(256)):
+        near = rows_of(captions, near, device)                                                       # (256, size, D)
+        exact.append((near.double() @ part.double()[:, :, None])[:, :, 0])                           # (256, size)
+    exact, order = torch.cat(exact).sort(dim=1, descending=True, stable=True)
+    cosines, indices = exact[:, :k].float().cpu().numpy(), index.gather(1, order)[:, :k].cpu().numpy()
+    # rounding of a sum of D terms in fp32, and of a cosine that is kept in fp16
+    error = images.shape[1] * 2.0 ** -23 + (2.0 ** -11 if queries.device.type == "cuda" else 0)
+    unsure = exact[:, min(k, size) - 1] <= fast[:, -1] + error if size < len(captions) else torch.zeros(0)
+    for row in unsure.nonzero().flatten().tolist():
+        everything = torch.cat([rows_of(captions, slice(i, i + columns), device).double() @ queries[row].double()
+                                for i in range(0, len(captions), columns)]).cpu().numpy()            # (P,)
+        indices[row] = np.lexsort((np.arange(len(captions)), -everything))[:k]
+        cosines[row] = everything[indices[row]]
     return cosines, indices
 
 
-def mine(images, captions, folder, k, device="cpu", rows=1024, columns=16_384, made_of=None):
+def mine(images, captions, folder, k, device="cpu", rows=2048, columns=8192, made_of=None):
     """Each image's k nearest captions, kept in `folder`: files of (M, D), (P, D) fp16 -> cosines, indices (M, k).
 
     Memory holds a block of images and a block of captions, whatever their numbers. The ranks share the blocks of
@@ -180,11 +201,15 @@ def mine(images, captions, folder, k, device="cpu", rows=1024, columns=16_384, m
     cosines, indices, done = (np.load(paths[name], mmap_mode="r+") for name in ("cosines", "indices", "done"))
     rank, size = ranks()
     starts = range(rank * rows, len(images), size * rows)
+    if torch.device(device).type == "cuda":
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # sums of fp16 products stay fp32
+        if captions.nbytes < torch.cuda.mem_get_info(device)[0] / 4:  # read once instead of once a block
+            captions = torch.from_numpy(np.array(captions)).to(device)
     with tqdm(total=len(images), desc=f"mining in {folder}", unit=" frames", unit_scale=True, disable=rank > 0) as bar:
         for start in starts:
             block = slice(start, min(start + rows, len(images)))
             if not done[block].all():
-                cosines[block], indices[block] = top_captions(np.asarray(images[block]), captions, k, columns, device)
+                cosines[block], indices[block] = top_captions(np.array(images[block]), captions, k, columns, device)
                 done[block] = 1
             bar.update(min(size * rows, len(images) - bar.n))
     barrier()
@@ -283,7 +308,7 @@ def curate(settings, device):
         frames = frame_bank(folder / "banks" / f"train-{clip_id}", clips, clip, device, settings.workers)
         texts = [f"{PROMPTS[source]} {caption}" for caption in pool]
         bank = text_embeddings(folder / "banks" / f"{source}-{clip_id}", texts, clip, tokenizer, device)
-        rows = settings.rows or (1024 if device.type == "cpu" else 16_384)
+        rows = settings.rows or (2048 if device.type == "cpu" else 16_384)
         made_of = {name: (Path(path).parent / "bank.json").read_text()
                    for name, path in (("frames", frames.path), ("pool", bank))}
         cosines, indices = mine(frames.path, bank, folder / "mined" / f"{source}-{clip_id}", settings.k, device, rows,
