@@ -3,6 +3,7 @@
     python data.py toy                       # make the toy world in data/toy (pretrain.py --data toy does it too)
     python data.py extract --segments data/audioset/eval_segments.csv --videos VIDEOS    # videos -> WAV, frames, index
     python data.py stats --data audioset     # mean and std of its log-mel values, for --mean and --std
+    python data.py pack --data audioset      # sounds as 16-bit samples in one file, for disks and formats that are slow
 
 B  batch     S  samples of a waveform     T  frames of 10 ms     F  mel bins     R  side of an image in pixels
 """
@@ -80,6 +81,11 @@ def resample(wave, rate, new_rate):
     return torchaudio.functional.resample(wave, ratio.denominator, ratio.numerator)
 
 
+def floating(waves):
+    """16-bit samples -> float32 in [-1, 1); float32 stays as it is."""
+    return waves.float() / 32768 if waves.dtype == torch.int16 else waves
+
+
 @lru_cache
 def window_and_mel_bins(sample_rate, mels, device):
     """Hanning window (25 ms,) and triangular mel bins (FFT bins, F), as Kaldi has them; made once."""
@@ -139,9 +145,13 @@ class FrontEnd:
         return (self.frames - 1) * int(self.sample_rate * 0.010) + int(self.sample_rate * 0.025)
 
     def load(self, path, start=0.0):
-        """Audio file from `start` s on -> (samples,) without its mean, zero-padded; its length. Raises Unreadable."""
-        wave = load_audio(path, self.sample_rate, self.seconds + 0.1, start)[:self.samples]
-        return torch.nn.functional.pad(wave - wave.mean(), (0, self.samples - len(wave))), len(wave)
+        """Audio file from `start` s on -> (samples,) zero-padded; its length. Raises Unreadable."""
+        return self.padded(load_audio(path, self.sample_rate, self.seconds + 0.1, start))
+
+    def padded(self, wave):
+        """A waveform's first `samples`, zero-padded on the right; its length."""
+        wave = wave[:self.samples]
+        return torch.nn.functional.pad(wave, (0, self.samples - len(wave))), len(wave)
 
     def load_window(self, place):
         """The same for a window (path, start) of a long recording, which may be silent for a while."""
@@ -151,7 +161,10 @@ class FrontEnd:
             return torch.zeros(self.samples), self.samples
 
     def __call__(self, waves, lengths):
-        """Padded waveforms (B, samples), lengths (B,) -> normalised filterbanks (B, 1, T, F)."""
+        """Padded waveforms (B, samples) float32 or int16, lengths (B,) -> normalised filterbanks (B, 1, T, F)."""
+        waves = floating(waves)
+        sounds = torch.arange(waves.shape[1], device=waves.device) < lengths[:, None]
+        waves = torch.where(sounds, waves - (waves.sum(1) / lengths)[:, None], 0.0)  # without its mean (§3.2.2)
         x = fbank(waves, self.sample_rate, self.mels)                                # (B, T, F)
         heard = 1 + (lengths - int(self.sample_rate * 0.025)) // int(self.sample_rate * 0.010)
         padding = torch.arange(self.frames, device=x.device) >= heard[:, None]       # (B, T)
@@ -774,6 +787,106 @@ def extract(table, videos, out, sample_rate=FrontEnd.sample_rate, side=224, work
     return counts
 
 
+# ----------------------------------------------------------------------------------- the pack
+
+class Pack:
+    """A dataset's sounds at one rate as 16-bit samples in one memory-mapped file: nothing is left to decode.
+
+    Made by `pack`. What a file of 16 bits at that rate holds is kept exactly, everything else is rounded to 16 bits.
+    """
+
+    def __init__(self, folder, front_end):
+        self.folder, self.front_end = Path(folder), front_end
+        self.paths = np.load(self.folder / "paths.npy", mmap_mode="r")                # (N,) bytes, sorted
+        self.starts = np.load(self.folder / "starts.npy", mmap_mode="r")              # (N + 1,)
+        self.waves = np.memmap(self.folder / "waves.i16", np.int16, "r")              # (all samples,)
+
+    def __reduce__(self):  # a worker process opens the files itself
+        return Pack, (self.folder, self.front_end)
+
+    def load(self, path):
+        """As FrontEnd.load, but int16. Raises Unreadable."""
+        name = os.path.relpath(path, self.folder.parent).encode()
+        at = int(np.searchsorted(self.paths, name))
+        if at == len(self.paths) or self.paths[at] != name or self.starts[at] == self.starts[at + 1]:
+            return self.front_end.padded(sixteen_bit(load_audio(path, self.front_end.sample_rate)))
+        end = min(self.starts[at + 1], self.starts[at] + self.front_end.samples)
+        return self.front_end.padded(torch.from_numpy(np.array(self.waves[self.starts[at]:end])))
+
+
+def sixteen_bit(wave):
+    """Float32 in [-1, 1] -> the nearest int16."""
+    return (wave * 32768).round().clamp(-32768, 32767).to(torch.int16)
+
+
+def pack_one(path, sample_rate):
+    """A file's samples (S,) int16, or why it can't be read."""
+    try:
+        return sixteen_bit(load_audio(path, sample_rate))
+    except Unreadable as error:
+        return str(error)
+
+
+def stamp(path):
+    """Size and time of a file, (0, 0) where there is none."""
+    stat = os.stat(path) if os.path.exists(path) else None
+    return (stat.st_size, stat.st_mtime_ns) if stat else (0, 0)
+
+
+def pack(folder, clips, sample_rate, workers=2):
+    """Write the clips' sounds into <folder>/packed-<rate>, for training to read; goes on where it was cut short."""
+    out, folder = Path(folder) / f"packed-{sample_rate}", Path(folder)
+    names = sorted({os.path.relpath(clip.audio, folder) for clip in clips})
+    stamps = np.array([stamp(folder / name) for name in names], np.int64)            # (N, 2)
+    starts, known = out / "starts.npy", out / "stamps.npy"
+    if not known.exists() or np.load(out / "paths.npy").tolist() != [name.encode() for name in names] or not (
+            (stamps == 0) | (np.load(known) == stamps)).all():  # other files; those that are gone have done their duty
+        out.mkdir(parents=True, exist_ok=True)
+        known.unlink(missing_ok=True)
+        np.save(out / "paths.npy", np.array([name.encode() for name in names]))
+        np.lib.format.open_memmap(starts, "w+", np.int64, (len(names) + 1,))[1:] = -1
+        (out / "waves.i16").write_bytes(b"")
+        np.save(out / "new.npy", stamps)
+        os.replace(out / "new.npy", known)
+    starts = np.load(starts, mmap_mode="r+")
+    done = int((starts >= 0).sum()) - 1
+    with open(out / "waves.i16", "rb+") as file, tqdm(total=len(names), initial=done, desc=str(out), unit=" clips") as bar:
+        file.truncate(2 * starts[done])  # what a killed run wrote beyond its last entry
+        file.seek(0, os.SEEK_END)
+        jobs = [folder / name for name in names[done:]]
+        for i, result in enumerate(in_processes(partial(pack_one, sample_rate=sample_rate), jobs, workers), done):
+            if isinstance(result, str):
+                bar.write(f"skipped: {result}", file=sys.stderr)
+                result = torch.zeros(0, dtype=torch.int16)
+            file.write(result.numpy().tobytes())
+            file.flush()
+            starts[i + 1] = starts[i] + len(result)
+            bar.update()
+    if starts[-1] == 0:
+        raise ValueError(f"not one of {len(names)} sounds can be read")
+    skipped = int((np.diff(starts) == 0).sum())
+    return out, len(names) - skipped, skipped
+
+
+def sound_loader(folder, front_end):
+    """How training reads sounds: front_end.load, or the folder's pack where it has one at that rate.
+
+    Raises ValueError where the pack was cut short, or a file has changed since.
+    """
+    out = Path(folder) / f"packed-{front_end.sample_rate}"
+    if not (out / "stamps.npy").exists():
+        return front_end.load
+    if np.load(out / "starts.npy", mmap_mode="r")[-1] <= 0:
+        raise ValueError(f"{out} is not finished: run python data.py pack again, or delete it")
+    pack = Pack(out, front_end)
+    for name, then in zip(pack.paths, np.load(out / "stamps.npy").tolist()):
+        now = stamp(out.parent / name.decode())
+        if now not in ((0, 0), tuple(then)):
+            raise ValueError(f"{out.parent / name.decode()} has changed since {out} was made: run python data.py pack "
+                             f"again, or delete the pack")
+    return pack.load
+
+
 # --------------------------------------------------------------------------------- statistics
 
 def sums(clip, front_end):
@@ -1003,7 +1116,7 @@ def write_toy_vocabulary(path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="toy | extract | stats")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="toy | extract | stats | pack")
     toy = commands.add_parser("toy", help="make the toy world", allow_abbrev=False)
     toy.add_argument("--out", default="data/toy", help="folder to make (data/toy)")
     toy.add_argument("--seed", type=int, default=0)
@@ -1013,11 +1126,14 @@ def main():
     cut.add_argument("--out", help="folder for audio/, frames/ and the index (the CSV's own)")
     cut.add_argument("--side", type=int, default=224, help="shorter side of a frame in pixels, 0: as it is (224)")
     stats = commands.add_parser("stats", help="mean and std of a dataset's log-mel values", allow_abbrev=False)
-    stats.add_argument("--data", default="audioset", help="a dataset's name or its folder (audioset)")
-    stats.add_argument("--split", default="train", choices=["train", "val", "test"], help="(train)")
+    packs = commands.add_parser("pack", help="sounds as 16-bit samples in one file, which training then reads",
+                                allow_abbrev=False)
+    for command in (stats, packs):
+        command.add_argument("--data", default="audioset", help="a dataset's name or its folder (audioset)")
+        command.add_argument("--split", default="train", choices=["train", "val", "test"], help="(train)")
     stats.add_argument("--mels", type=int, default=FrontEnd.mels, help="mel bins (128)")
     stats.add_argument("--frames", type=int, default=FrontEnd.frames, help="of 10 ms that the encoder hears (1000)")
-    for command in (cut, stats):
+    for command in (cut, stats, packs):
         command.add_argument("--sample-rate", type=int, default=FrontEnd.sample_rate, help="Hz (44100)")
         command.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes")
     args = parser.parse_args()
@@ -1038,6 +1154,11 @@ def main():
         folder = dataset_folder(args.data)
         name = next((name for name in READERS if READERS[name].table(folder, args.split).exists()), "audioset")
         clips = [clip for clip in read_split(name, folder, args.split) if clip.audio]
+        if args.command == "pack":
+            out, count, skipped = pack(folder, clips, args.sample_rate, args.workers)
+            print(f"{out}: {count} sounds, {(out / 'waves.i16').stat().st_size / 1e9:.2f} GB, {skipped} unreadable; "
+                  f"training at {args.sample_rate} Hz reads it from now on")
+            return
         front_end = FrontEnd(args.sample_rate, args.mels, args.frames)
         mean, std, read = statistics(clips, front_end, args.workers)
         print(f"{read} clips at {args.sample_rate} Hz, {args.mels} mel bins, {args.frames} frames:\n"

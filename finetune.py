@@ -37,9 +37,11 @@ from data import (
     READERS,
     class_names,
     dataset_folder,
+    floating,
     mask,
     read_index,
     read_split,
+    sound_loader,
 )
 from evaluate import average_precision, ranking, retrieval_metrics, save_json, table
 from model import VisionTransformer
@@ -232,7 +234,7 @@ def finetune_on_captions(settings, device):
                          "fingerprint": fingerprint(clip)}}
     if ranks()[0] == 0:
         print(f"{index}: {len(clips)} clips, {sum(len(c.captions) for c in clips)} pairs -> {settings.out}")
-    samples = AudioSamples(clips, banks, front_end)
+    samples = AudioSamples(clips, banks, sound_loader(folder, front_end))
     if len(samples) < settings.batch:  # few-shot: an epoch needs a full batch
         smaller = 2 ** int(math.log2(max(2, len(samples))))
         print(f"{len(samples)} clips do not fill a batch of {settings.batch}: batches of {smaller}", file=sys.stderr)
@@ -286,19 +288,15 @@ class HeadLearner(nn.Module):
 
 
 class Remember:
-    """A front end's `load` that keeps what it has read, as long as all of it takes under 2 GB."""
+    """A `load` that keeps what it has read."""
 
-    def __init__(self, front_end, count):
-        self.front_end, self.known = front_end, {}
-        self.keep = 4 * front_end.samples * count < 2e9
+    def __init__(self, load):
+        self.load, self.known = load, {}
 
     def __call__(self, path):
-        if path in self.known:
-            return self.known[path]
-        read = self.front_end.load(path)
-        if self.keep:
-            self.known[path] = read
-        return read
+        if path not in self.known:
+            self.known[path] = self.load(path)
+        return self.known[path]
 
 
 class LabelledSamples:
@@ -315,7 +313,8 @@ class LabelledSamples:
         """Waveform, its length, classes as 0 and 1 (K,)."""
         target = torch.zeros(self.classes)
         target[[self.number[label] for label in self.clips[i].labels]] = 1.0
-        return *self.load(self.clips[i].audio), target
+        wave, length = self.load(self.clips[i].audio)
+        return floating(wave), length, target
 
     def read(self, i, rng):
         wave, length, target = self.one(i)
@@ -382,7 +381,8 @@ def finetune_on_labels(settings, device):
                + (f"-last{settings.last_layers}" if settings.last_layers >= 0 else ""))
     results, began, measure = {}, time.time(), "mAP" if multi else "accuracy"
     _, front_end, _ = starting_encoder(settings, clip)
-    load = Remember(front_end, sum(map(len, next(iter(rounds.values())))))
+    load, clips = sound_loader(folder, front_end), sum(map(len, next(iter(rounds.values()))))
+    load = Remember(load) if 4 * front_end.samples * clips < 2e9 else load  # bytes of all of them
     for name, (training, test) in rounds.items():
         encoder = starting_encoder(settings, clip)[0]  # each round starts anew
         torch.manual_seed(settings.seed)

@@ -2,6 +2,7 @@
 
     python pretrain.py --data toy                        # minutes on a laptop: the toy world, its CLIP, vip-AnT
     python pretrain.py --data toy --init random          # VA-Rand
+    python pretrain.py --data random                     # no data: how fast is the paper's step here?
     torchrun --nproc_per_node=4 pretrain.py              # the paper's run, on data/audioset
 
 CLIP runs once over the data and leaves a bank of embeddings; the loop never sees an image. `train` is the only
@@ -18,6 +19,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -53,6 +55,7 @@ from data import (
     mask,
     read_index,
     read_split,
+    sound_loader,
 )
 from model import CLIP, LARS, VisionTransformer, info_nce, parameter_groups, schedule
 
@@ -79,7 +82,10 @@ class Training:
     stride_mel: int = setting(24, "mel bins between patches")
     optimizer: str = setting("lars", "lars or adam", ["lars", "adam"])
     batch: int = setting(432, "clips a step over all ranks; all of them are each other's negatives")
+    micro_batch: int = setting(0, "clips that a rank holds activations of; the same result with less memory, a third "
+                               "more work; 0: all", free=True)
     epochs: int = setting(25, "passes over the training clips")
+    steps: int = setting(0, "stop after so many, to try something out; 0: all epochs", free=True)
     warmup_epochs: float = setting(10.0, "of linear warm-up, then cosine to 0.1 %")
     lr_weights: float = setting(0.2, "peak, for weights; LARS multiplies it by batch/256")
     lr_biases: float = setting(4.8e-3, "the same for biases, norms and temperature")
@@ -105,12 +111,16 @@ class Training:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
         if self.batch % ranks()[1]:
             raise ValueError(f"--batch {self.batch} can't be split over {ranks()[1]} ranks")
+        if self.micro_batch and self.batch // ranks()[1] % self.micro_batch:
+            raise ValueError(f"--micro-batch {self.micro_batch}: {self.batch // ranks()[1]} clips a rank can't be cut "
+                             f"into such slices")
 
 
 @dataclass(frozen=True)
 class Settings(Training):
     """VA pre-training; the command line is derived from this."""
-    data: str = setting("audioset", "toy, or a folder (audioset means data/audioset) with train.jsonl and val.jsonl")
+    data: str = setting("audioset", "toy, random (synthetic clips, to time the step), or a folder (audioset means "
+                        "data/audioset) with train.jsonl and val.jsonl")
     init: str = setting("clip", "start of the audio encoder: clip is vip-AnT, random is VA-Rand", ["clip", "random"])
     leave_out: str = setting("data/audiocaps", "folder of AudioCaps' tables: its val and test clips are left out of "
                              "training; none: train on them", free=True)  # the index's digest tells
@@ -122,7 +132,9 @@ TOY = Settings(data="toy", leave_out="none", clip="out/toy/clip/clip.pt", vocab=
                epochs=9, warmup_epochs=0.5, lr_weights=5.0, lr_biases=7e-3, workers=1, log_every=62)
 TOY_CLIP = replace(TOY, out="out/toy/clip", optimizer="adam", batch=128, epochs=8, warmup_epochs=0.3,
                    lr_weights=5e-4, lr_biases=5e-4, workers=0, log_every=62)
-PRESETS = {"toy": TOY}
+# The paper's step without a file: what this machine can do.
+RANDOM = Settings(data="random", init="random", steps=50, log_every=10, save_every=10 ** 9)
+PRESETS = {"toy": TOY, "random": RANDOM}
 
 
 def parse(defaults, presets, argv=None, description=None):
@@ -362,20 +374,38 @@ class AudioLearner(nn.Module):
 class AudioSamples:
     """Clips with banks of targets: sample i is its waveform, a row of each of its banks and the draws for its mask."""
 
-    def __init__(self, clips, banks, front_end, train_on=None):
-        """train_on: for each clip whether it is one of the samples; all by default."""
+    def __init__(self, clips, banks, load, train_on=None):
+        """load(path) -> waveform, its length. train_on: for each clip whether it is one of the samples; default all."""
         self.clips = np.array([i for i in range(len(clips)) if (train_on is None or train_on[i])
                                and all(len(bank.of(i)) for bank in banks)])
         self.paths = np.array([clips[i].audio.encode() for i in self.clips])  # one array: forked workers share it
-        self.banks, self.front_end = banks, front_end
+        self.banks, self.load = banks, load
 
     def __len__(self):
         return len(self.clips)
 
     def read(self, i, rng):
-        wave, length = self.front_end.load(self.paths[i].decode())
+        wave, length = self.load(self.paths[i].decode())
         targets = torch.stack([bank.draw(self.clips[i], rng) for bank in self.banks])               # (kinds, D)
         return {"wave": wave, "length": length, "target": targets,
+                "draws": torch.from_numpy(rng.random(4, dtype=np.float32))}
+
+
+class RandomSamples:
+    """Synthetic clips of the front end's length with random targets: the step and its input without any file."""
+
+    def __init__(self, front_end, dimensions, count=10 ** 7):
+        self.samples, self.count = front_end.samples, count
+        self.noise = torch.randint(-2 ** 15, 2 ** 15, (2 * self.samples,), dtype=torch.int16)
+        self.targets = F.normalize(torch.randn(1000, dimensions), dim=1)
+
+    def __len__(self):
+        return self.count
+
+    def read(self, i, rng):
+        start = int(rng.integers(self.samples))
+        return {"wave": self.noise[start:start + self.samples], "length": self.samples,
+                "target": self.targets[rng.integers(1000)][None],                                   # (kinds, D)
                 "draws": torch.from_numpy(rng.random(4, dtype=np.float32))}
 
 
@@ -519,7 +549,7 @@ class Log:
         eta = int(values["eta"])
         self.write(f"epoch {values['epoch']:.2f} step {step} | loss {values['loss']:.3f} | {temperature}"
                    f"lr {values['lr_weights']:.3g} {values['lr_biases']:.3g} | "
-                   f"{values['clips_per_second']:.0f} clips/s | waiting {100 * values['waiting']:.0f} % | "
+                   f"{values['clips_per_second']:.1f} clips/s | waiting {100 * values['waiting']:.0f} % | "
                    f"MFU {100 * values['mfu']:.0f} % | "
                    f"ETA {eta // 3600}:{eta // 60 % 60:02d}:{eta % 60:02d}"
                    + (f" | skipped {values['skipped']}" if values["skipped"] else ""), step=step, **values)
@@ -577,6 +607,31 @@ def restore(path, learner, optimizer, settings, identity):
     return saved["step"], saved["skipped"]
 
 
+def backward_in_slices(model, learner, batch, count, cast):
+    """Loss of a batch and its gradients, with the activations of `count` samples at a time (Gao et al., 2021).
+
+    The features of all slices come first, without activations. Then the loss, its gradient at every feature, and each
+    slice once more, to send its features' gradients on into the weights.
+    """
+    slices = [dict(zip(batch, parts)) for parts in zip(*(value.split(count) for value in batch.values()))]
+    with torch.no_grad(), cast:
+        features = [torch.cat(parts).requires_grad_() for parts in zip(*map(learner, slices))]
+    loss, weights = learner.loss(*features), [p for p in learner.parameters() if p.requires_grad]
+    *at_features, at_weights = *torch.autograd.grad(loss, features, retain_graph=True), torch.autograd.grad(
+        loss, weights, allow_unused=True)                      # of the weights, the loss itself has but a temperature
+    at_slices = zip(*(gradient.split(count) for gradient in at_features))
+    for i, (part, gradients) in enumerate(zip(slices, at_slices)):
+        last = i == len(slices) - 1
+        with nullcontext() if last or model is learner else model.no_sync():
+            with cast:
+                again = model(part)
+            sent_on = sum((f.float() * g).sum() for f, g in zip(again, gradients) if f.requires_grad)
+            if last:
+                sent_on = sent_on + sum((p * g).sum() for p, g in zip(weights, at_weights) if g is not None)
+            sent_on.backward()
+    return loss
+
+
 def train(learner, samples, settings, identity, validate, device):
     """*The* training loop: leaves <out>/checkpoint.pt and log.jsonl, and goes on from them if they are there.
 
@@ -592,6 +647,7 @@ def train(learner, samples, settings, identity, validate, device):
     if steps_per_epoch == 0:
         raise ValueError(f"{len(samples)} samples do not fill one batch of {settings.batch}; lower --batch")
     steps = settings.epochs * steps_per_epoch
+    last = min(steps, settings.steps or steps)
     learner.to(device).train()
     optimizer = make_optimizer(learner, settings)
     identity |= {"samples": len(samples)}
@@ -609,7 +665,7 @@ def train(learner, samples, settings, identity, validate, device):
                         pin_memory=device.type == "cuda", prefetch_factor=4 if settings.workers else None)
     total, missed, since, waited, clock = torch.zeros((), device=device), 0, 0, 0.0, time.perf_counter()
     source = iter(loader)
-    for step in range(start, steps):
+    for step in range(start, last):
         asked = time.perf_counter()
         batch = next(source)
         waited += time.perf_counter() - asked
@@ -621,10 +677,13 @@ def train(learner, samples, settings, identity, validate, device):
         factor = settings.lr_factor(step, steps_per_epoch)
         for group in optimizer.param_groups:
             group["lr"] = factor * group["peak"]
-        with cast:
-            features = model(batch)
-        loss = learner.loss(*features)
-        loss.backward()
+        if settings.micro_batch:
+            loss = backward_in_slices(model, learner, batch, settings.micro_batch, cast)
+        else:
+            with cast:
+                features = model(batch)
+            loss = learner.loss(*features)
+            loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -632,7 +691,7 @@ def train(learner, samples, settings, identity, validate, device):
         since += 1
         epoch_ends = (step + 1) % steps_per_epoch == 0
         saves = epoch_ends or (step + 1) % settings.save_every == 0
-        if saves or since == settings.log_every:  # the only place where the device is waited for
+        if saves or since == settings.log_every or step + 1 == last:  # the only place where the device is waited for
             sums = torch.stack([total, torch.tensor(float(missed), device=device)])
             if size > 1:
                 dist.all_reduce(sums)
@@ -649,7 +708,7 @@ def train(learner, samples, settings, identity, validate, device):
             log.training(step + 1, epoch=(step + 1) / steps_per_epoch, loss=mean_loss, **learner.report(),
                          lr_weights=optimizer.param_groups[0]["lr"], lr_biases=optimizer.param_groups[1]["lr"],
                          clips_per_second=speed, waiting=waited / seconds, mfu=speed * learner.flops() / rate / size,
-                         skipped=skipped, eta=seconds / since * (steps - step - 1))
+                         skipped=skipped, eta=seconds / since * (last - step - 1))
             total, missed, since, waited, clock = torch.zeros((), device=device), 0, 0, 0.0, time.perf_counter()
         if epoch_ends:
             skipped = 0
@@ -741,6 +800,12 @@ def main():
     settings = parse(Settings(), PRESETS, description=__doc__)
     device = start_ranks()
     settings.check()
+    if settings.data == "random":
+        encoder = VisionTransformer((settings.frames, settings.mels), 32, (settings.stride_time, settings.stride_mel),
+                                    channels=1, width=768, layers=12, heads=12, output_dim=512)
+        train(AudioLearner(encoder, settings.front_end), RandomSamples(settings.front_end, 512),
+              replace(settings, out=settings.out or "out/random"), {"stage": "random", "data": ""}, None, device)
+        return
     if settings.data == "toy":
         if ranks()[0] == 0 and not Path("data/toy").exists():
             make_toy("data/toy")
@@ -782,7 +847,7 @@ def main():
                 "front_end": asdict(settings.front_end), "encoder": encoder.config,
                 "clip": {"weights": str(Path(weights).resolve()), "vocab": str(Path(settings.vocab).resolve()),
                          "fingerprint": fingerprint(clip)}}
-    samples = AudioSamples(clips, [train_bank], settings.front_end, train_on)
+    samples = AudioSamples(clips, [train_bank], sound_loader(folder, settings.front_end), train_on)
     train(learner, samples, settings, identity, validate, device)
     if ranks()[0] == 0 and settings.data == "toy":
         flags = ["--task", "toy", "--checkpoint", f"{out}/checkpoint.pt"]

@@ -1,5 +1,6 @@
 """Files to tensors: filterbanks against Kaldi's, odd audio, odd images, indices, the toy world."""
 import json
+import pickle
 import warnings
 
 import numpy as np
@@ -11,6 +12,7 @@ from torchaudio.compliance import kaldi
 
 from data import (
     THINGS,
+    Clip,
     FrontEnd,
     Unreadable,
     dataset_folder,
@@ -19,9 +21,11 @@ from data import (
     load_image,
     make_toy,
     mask,
+    pack,
     preprocess_image,
     read_index,
     read_split,
+    sound_loader,
 )
 
 
@@ -92,6 +96,60 @@ def test_any_format_rate_and_width_gives_the_same_tone(tmp_path, name, rate, opt
     loudest = torch.fft.rfft(wave[2000:14_000]).abs().argmax() * 16_000 / 12_000
     assert loudest == pytest.approx(440, abs=2) and wave.abs().max() == pytest.approx(0.5, abs=0.06)
 
+
+# ---------------------------------------------------------------------------------------- pack
+
+@pytest.fixture
+def sounds(tmp_path):
+    """Six sounds of different lengths, two of them bad; 16 bits at 16 kHz, one of them as floats at 22.05 kHz."""
+    rng, folder = np.random.default_rng(0), tmp_path / "sounds"
+    folder.mkdir()
+    for i in range(4):
+        write(folder / f"{i}.wav", rng.uniform(-1, 1, 9000 + 999 * i))
+    write(folder / "float.wav", rng.uniform(-0.3, 0.3, 9000), 22_050, subtype="FLOAT")
+    (folder / "bad.wav").write_bytes(b"RIFF")
+    return folder, [Clip(path.stem, str(path)) for path in folder.glob("*.wav")]
+
+
+def test_a_pack_gives_what_decoding_gives_to_the_last_bit(sounds):
+    folder, clips = sounds
+    front_end = FrontEnd(16_000, 32, 55)
+    assert sound_loader(folder, front_end) == front_end.load
+    _, count, skipped = pack(folder, clips, 16_000, workers=0)
+    load = pickle.loads(pickle.dumps(sound_loader(folder, front_end)))  # as a worker process gets it
+    assert (count, skipped) == (5, 1)
+    for i in range(4):
+        decoded, packed = front_end.load(folder / f"{i}.wav"), load(folder / f"{i}.wav")
+        assert packed[0].dtype == torch.int16 and packed[1] == decoded[1]
+        assert torch.equal(packed[0] / 32768, decoded[0])
+        assert torch.equal(*(front_end(wave[None], torch.tensor([length])) for wave, length in (decoded, packed)))
+    rounded = load(folder / "float.wav")[0] / 32768 - front_end.load(folder / "float.wav")[0]
+    assert 0 < rounded.abs().max() <= 0.5 / 32768 + 1e-7
+    with pytest.raises(Unreadable, match=r"bad\.wav"):
+        load(folder / "bad.wav")
+
+
+def test_a_pack_goes_on_where_it_was_killed_and_notices_changed_files(sounds):
+    folder, clips = sounds
+    front_end, out = FrontEnd(16_000, 32, 55), folder / "packed-16000"
+    pack(folder, clips, 16_000, workers=0)
+    whole = (out / "waves.i16").read_bytes()
+    starts = np.load(out / "starts.npy", mmap_mode="r+")
+    starts[3:] = -1                                           # as a kill leaves it, in the middle of the fourth file
+    starts.flush()
+    (out / "waves.i16").write_bytes(whole[:2 * starts[2] + 99])
+    with pytest.raises(ValueError, match="not finished"):
+        sound_loader(folder, front_end)
+    pack(folder, clips, 16_000, workers=0)
+    assert (out / "waves.i16").read_bytes() == whole
+    (folder / "1.wav").unlink()                               # what is packed may go
+    sound_loader(folder, front_end)(folder / "1.wav")
+    write(folder / "2.wav", np.sin(np.arange(9000)))
+    with pytest.raises(ValueError, match=r"2\.wav has changed since"):
+        sound_loader(folder, front_end)
+
+
+# --------------------------------------------------------------------------------------- audio
 
 def test_the_first_channel_is_used_and_that_is_said(tmp_path):
     wave = np.random.default_rng(0).uniform(-1, 1, (1600, 2)).astype(np.float32)

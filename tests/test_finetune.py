@@ -211,7 +211,7 @@ def test_head_losses_by_hand():
 def test_mixtures_by_hand(world):
     clips = read_index(world / "train.jsonl")[:5]
     labels = sorted({label for c in clips for label in c.labels})
-    load = Remember(FrontEnd(16_000, 32, 100), 5)
+    load = Remember(FrontEnd(16_000, 32, 100).load)
     plain, mixed = (LabelledSamples(clips, labels, load, mixup) for mixup in (0.0, 1.0))
     sample = mixed.read(2, np.random.default_rng(3))
     rng = np.random.default_rng(3)

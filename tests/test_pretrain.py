@@ -189,6 +189,27 @@ def test_two_ranks_are_one(run, pretrain_flags, tmp_path):
     assert max((one[key] - two[key]).abs().max().item() for key in one) < 1e-5
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_slices_of_a_batch_give_the_whole_batchs_gradients(run, pretrain_flags, tmp_path, ranks):
+    """20 steps with 16 clips at once, and with activations of 4 clips a rank at a time."""
+    run("pretrain.py", *flat(pretrain_flags | {"--out": tmp_path / "whole"}), ranks=ranks)
+    run("pretrain.py", *flat(pretrain_flags | {"--out": tmp_path / "sliced", "--micro-batch": 4}), ranks=ranks)
+    whole, sliced = learner_of(tmp_path / "whole"), learner_of(tmp_path / "sliced")
+    assert max((whole[key] - sliced[key]).abs().max().item() for key in whole) < 1e-5
+    assert not torch.equal(whole["log_scale"], torch.tensor(math.log(1 / 0.07)))  # the temperature learns, too
+    done = run("pretrain.py", *flat(pretrain_flags | {"--micro-batch": 5}), check=False)
+    assert done.returncode == 1 and "can't be cut into such slices" in done.stderr
+
+
+def test_the_papers_step_is_timed_without_a_file(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = run("pretrain.py", "--data", "random", "--frames", 100, "--mels", 32, "--sample-rate", 16_000, "--batch", 2,
+               "--steps", 2, "--log-every", 1, "--workers", 1, "--stride-time", 32)
+    lines = [json.loads(line) for line in (tmp_path / "out/random/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines[1:]] == [1, 2] and lines[2]["clips_per_second"] > 0 and "MFU" in done.stdout
+    assert not (tmp_path / "out/random/checkpoint.pt").exists()
+
+
 def test_vip_ant_starts_from_clip_and_va_rand_does_not(small_clip, run, pretrain_flags):
     clip = load_clip(small_clip)
     run("pretrain.py", *flat(pretrain_flags | {"--init": "random", "--epochs": 1, "--lr-weights": 0, "--lr-biases": 0}))
@@ -261,7 +282,7 @@ def test_a_learner_gives_features_and_their_targets(world, small_clip, clips, tm
     clip = load_clip(small_clip)
     front_end = data.FrontEnd(16_000, 32, 60, -3.0, 4.0)
     learner = AudioLearner(audio_encoder_from_clip(clip, 60, 32, (8, 8)), front_end)
-    samples = AudioSamples(clips, [frame_bank(tmp_path, clips, clip, CPU, 0)], front_end)
+    samples = AudioSamples(clips, [frame_bank(tmp_path, clips, clip, CPU, 0)], front_end.load)
     batch = torch.utils.data.default_collate([Draws(samples, 0)[0, i] for i in range(4)])
     audio, targets = learner(batch)  # one kind of target: frames
     assert audio.shape == (4, 32) and targets.shape == (4, 1, 32)
