@@ -76,7 +76,7 @@ class Settings:
     preview: int = setting(0, "draw so many clips with their captions into <source>.png")
     workers: int = setting(min(8, os.cpu_count() or 1), "processes that decode, a rank")
     rows: int = setting(0, "frames that are searched at a time; 0: 2048 on a CPU, 16384 on a GPU")
-    columns: int = setting(8192, "captions that are compared at a time")
+    columns: int = setting(16_384, "captions that are compared at a time")
 
 
 # The toy's pool has about six captions of a thing where a million have hundreds: the nearest ten would be mostly wrong.
@@ -138,18 +138,22 @@ def shortlist(queries, captions, size, columns):
     index = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
     for start in range(0, len(captions), columns):
         part = rows_of(captions, slice(start, start + columns), queries.device)                      # (c, D)
-        groups = F.pad(cosines_of(queries, part), (0, -len(part) % GROUP), value=-torch.inf)
-        groups = groups.view(len(queries), -1, GROUP)                                                # (b, c/64, 64)
-        chosen = groups.amax(2).topk(min(size, groups.shape[1]), sorted=False).indices[:, :, None]   # (b, s, 1)
-        cosine, at = groups.take_along_dim(chosen, 1).flatten(1).float().topk(min(size, len(part)))  # (b, size)
-        found = start + chosen[:, :, 0].gather(1, at // GROUP) * GROUP + at % GROUP
+        cosine = cosines_of(queries, part)                                                           # (b, c)
+        if len(part) % GROUP:
+            cosine = F.pad(cosine, (0, -len(part) % GROUP), value=-torch.inf)
+        groups = cosine.view(len(queries), -1, GROUP)                                                # (b, c/64, 64)
+        chosen = groups.amax(2).topk(min(size, groups.shape[1]), sorted=False).indices               # (b, s)
+        rows = chosen + groups.shape[1] * torch.arange(len(queries), device=chosen.device)[:, None]
+        members = cosine.view(-1, GROUP)[rows.flatten()].view(len(queries), -1).float()              # (b, s·64)
+        cosine, at = members.topk(min(size, len(part)))                                              # (b, size)
+        found = start + chosen.gather(1, at // GROUP) * GROUP + at % GROUP
         best, index = torch.cat([best, cosine], 1), torch.cat([index, found], 1)
         best, keep = best.topk(min(size, best.shape[1]))                                             # (b, size)
         index = index.gather(1, keep)
     return best, index
 
 
-def top_captions(images, captions, k, columns=8192, device="cpu"):
+def top_captions(images, captions, k, columns=16_384, device="cpu"):
     """Each image's k nearest captions, exactly: (b, D), (P, D) fp16 unit vectors -> cosines, indices (b, k).
 
     captions: an array in memory or on disk, or a tensor on the device. Ties are ranked by index.
@@ -179,7 +183,7 @@ def top_captions(images, captions, k, columns=8192, device="cpu"):
     return cosines, indices
 
 
-def mine(images, captions, folder, k, device="cpu", rows=2048, columns=8192, made_of=None):
+def mine(images, captions, folder, k, device="cpu", rows=2048, columns=16_384, made_of=None):
     """Each image's k nearest captions, kept in `folder`: files of (M, D), (P, D) fp16 -> cosines, indices (M, k).
 
     Memory holds a block of images and a block of captions, whatever their numbers. The ranks share the blocks of
