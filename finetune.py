@@ -445,6 +445,11 @@ def command(*parts):
         raise ValueError(f"this failed: python {' '.join(map(str, parts))}; mend it and run the ladder again")
 
 
+def folder_of(row):
+    """A row's name without what a shell would trip over."""
+    return row.replace(" ", "").replace("%", "")
+
+
 def climb(ladder, seed):
     """All rows with one seed -> {row: {metric: %}}."""
     out, clip = Path(ladder.out) / f"seed{seed}", ["--clip", TOY.clip, "--vocab", TOY.vocab]
@@ -459,7 +464,7 @@ def climb(ladder, seed):
         rows[f"+AT GC {name}"] = [*tune, "--source", "gc", "--pairs", pairs, "--epochs", 6 if pairs > 100 else 20]
     results = {}
     for row, parts in rows.items():
-        place = out / row.replace(" ", "").replace("%", "")
+        place = out / folder_of(row)
         if not (place / "toy.json").exists():
             source = parts[parts.index("--source") + 1] if "--source" in parts else ""
             if source and not Path(f"data/toy/{source}.jsonl").exists():
@@ -498,6 +503,10 @@ def run_ladder(ladder):
         lines.append([claim, mean_and_spread(gaps), f"{positive} of {len(gaps)}", verdict])
     table(["", "difference", "seeds", ""], lines)
     save_json(Path(ladder.out) / "ladder.json", {"runs": runs, "versions": versions()})
+    curve, scaling = (" ".join(f"{ladder.out}/seed0/{folder_of(row)}/checkpoint.pt" for row in rows)
+                      for rows in (["vip-AnT", "VA-Rand"], [*(f"+AT GC {name}" for name in FEW), "+AT GC"]))
+    print(f"\nFig. 5: python evaluate.py --task curve --compare {curve}\n"
+          f"Fig. 7: python evaluate.py --task scaling --data toy --compare {scaling}")
 
 
 # ----------------------------------------------------------------------------------- the command
