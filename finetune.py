@@ -110,7 +110,7 @@ PRESETS = {
     "toy": replace(Settings(), data="toy", init="out/toy/pretrain/checkpoint.pt", epochs=6, warmup_epochs=0.5,
                    lr_weights=2.0, lr_biases=4.8e-3, log_every=62, **SMALL),
     "esc10": replace(Settings(), head="esc10", data="esc50", init="random", frames=500, mean=-5.71, std=5.91, patch=16,
-                     width=128, layers=3, optimizer="adam", batch=32, epochs=40, warmup_epochs=4.0, lr_weights=1e-3,
+                     width=128, layers=3, optimizer="adam", batch=32, epochs=30, warmup_epochs=3.0, lr_weights=1e-3,
                      lr_biases=1e-3, weight_decay=0.0, mixup=0.5, log_every=100, **SMALL),
 }
 

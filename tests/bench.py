@@ -66,20 +66,20 @@ def reference_encoder():
 
 
 def step(args):
+    if args.memory:  # a process of its own for each
+        take = training_step(VisionTransformer(**AUDIO) if args.memory == "ours" else reference_encoder(), args.batch,
+                             "fp32")
+        take(), take()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)
+        return
     for precision in ("fp32", "bf16"):
-        if args.memory:
+        if precision == "bf16" and not torch.cpu._is_avx512_bf16_supported():
+            print("bf16: this CPU does not multiply it")
             continue
         ours, theirs, ratio = paired(training_step(VisionTransformer(**AUDIO), args.batch, precision),
                                      training_step(reference_encoder(), args.batch, precision), args.rounds)
         print(f"{precision}: {args.batch / ours:.2f} clips/s, torch.nn.TransformerEncoder {args.batch / theirs:.2f}; "
               f"speed ratio {ratio:.3f}", flush=True)
-    if args.memory:
-        take = training_step(VisionTransformer(**AUDIO) if args.memory == "ours" else reference_encoder(), args.batch,
-                             "fp32")
-        for _ in range(2):
-            take()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)
-        return
     ours, theirs = (float(subprocess.run([sys.executable, __file__, "step", "--batch", str(args.batch), "--memory", who],
                                          check=True, capture_output=True, text=True).stdout)
                     for who in ("ours", "theirs"))
