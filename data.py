@@ -161,11 +161,11 @@ class FrontEnd:
             return torch.zeros(self.samples), self.samples
 
     def __call__(self, waves, lengths):
-        """Padded waveforms (B, samples) float32 or int16, lengths (B,) -> normalised filterbanks (B, 1, T, F)."""
-        waves = floating(waves)
-        sounds = torch.arange(waves.shape[1], device=waves.device) < lengths[:, None]
-        waves = torch.where(sounds, waves - (waves.sum(1) / lengths)[:, None], 0.0)  # without its mean (§3.2.2)
-        x = fbank(waves, self.sample_rate, self.mels)                                # (B, T, F)
+        """Padded waveforms (B, samples) float32 or int16, lengths (B,) -> normalised filterbanks (B, 1, T, F).
+
+        The waveform's mean, which the paper subtracts (§3.2.2), goes with each frame's own mean.
+        """
+        x = fbank(floating(waves), self.sample_rate, self.mels)                      # (B, T, F)
         heard = 1 + (lengths - int(self.sample_rate * 0.025)) // int(self.sample_rate * 0.010)
         padding = torch.arange(self.frames, device=x.device) >= heard[:, None]       # (B, T)
         x = x.masked_fill(padding[:, :, None], 0.0)  # zeros on the right *before* normalising, as the authors do
@@ -850,7 +850,8 @@ def pack(folder, clips, sample_rate, workers=2):
         os.replace(out / "new.npy", known)
     starts = np.load(starts, mmap_mode="r+")
     done = int((starts >= 0).sum()) - 1
-    with open(out / "waves.i16", "rb+") as file, tqdm(total=len(names), initial=done, desc=str(out), unit=" clips") as bar:
+    with (open(out / "waves.i16", "rb+") as file,
+          tqdm(total=len(names), initial=done, desc=str(out), unit=" clips") as bar):
         file.truncate(2 * starts[done])  # what a killed run wrote beyond its last entry
         file.seek(0, os.SEEK_END)
         jobs = [folder / name for name in names[done:]]

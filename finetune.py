@@ -458,7 +458,7 @@ def climb(ladder, seed):
     rows = {"VA-Rand": [*pretrain, "--init", "random"], "vip-AnT": pretrain}
     tune = ["finetune.py", "--data", "toy", "--init", start]
     rows |= {f"+AT {source.upper()}": [*tune, "--source", source, "--epochs", 3] for source in ("ac", "fc", "vc")}
-    rows |= {f"+AT {source.upper()}": [*tune, "--source", source] for source in ("rc", "gl", "gc")}  # a quarter the clips
+    rows |= {f"+AT {source.upper()}": [*tune, "--source", source] for source in ("rc", "gl", "gc")}  # fewer clips
     rows["+VAT GC"] = [*tune, "--source", "gc", "--objective", "vat"]
     for name, pairs in FEW.items():
         rows[f"+AT GC {name}"] = [*tune, "--source", "gc", "--pairs", pairs, "--epochs", 6 if pairs > 100 else 20]

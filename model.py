@@ -17,7 +17,7 @@ from torch import nn
 # ---------------------------------------------------------------------------------- Transformer
 
 class Attention(nn.Module):
-    """Multi-head self-attention, (B, N, C) -> (B, N, C); parameters named as in OpenAI's file."""
+    """Multi-head self-attention; parameters named as in OpenAI's file."""
 
     def __init__(self, width, heads, causal):
         super().__init__()
@@ -26,13 +26,17 @@ class Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x):
-        B, N, C = x.shape
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)           # (B, N, 3C)
-        qkv = qkv.view(B, N, 3, self.heads, C // self.heads)                # (B, N, 3, h, C/h)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # 3 × (B, h, N, C/h)
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)  # (B, h, N, C/h)
-        return self.out_proj(x.transpose(1, 2).reshape(B, N, C))            # (B, N, C)
+    def forward(self, x, asking):
+        """The first `asking` tokens look at all N: (B, N, C) -> (B, asking, C)."""
+        C = x.shape[2]
+        if asking == x.shape[1]:
+            q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).split(C, 2)                  # 3 × (B, N, C)
+        else:
+            q = F.linear(x[:, :asking], self.in_proj_weight[:C], self.in_proj_bias[:C])
+            k, v = F.linear(x, self.in_proj_weight[C:], self.in_proj_bias[C:]).split(C, 2)
+        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))                # (B, h, ·, C/h)
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)                             # (B, h, ·, C/h)
+        return self.out_proj(x.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -53,7 +57,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm residual block, (B, N, C) -> (B, N, C)."""
+    """Pre-norm residual block, (B, N, C) -> (B, N, C), or (B, 1, C) where only the first token is asked for."""
 
     def __init__(self, width, heads, causal):
         super().__init__()
@@ -62,13 +66,17 @@ class Block(nn.Module):
         self.mlp = MLP(width)
         self.ln_2 = nn.LayerNorm(width)
 
-    def forward(self, x):
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x, first_only=False):
+        asking = 1 if first_only else x.shape[1]
+        x = x[:, :asking] + self.attn(self.ln_1(x), asking)
         return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Module):
-    """A stack of blocks, (B, N, C) -> (B, N, C); `causal` for text."""
+    """A stack of blocks, (B, N, C) -> (B, N, C); `causal` for text.
+
+    With `first_only` -> (B, 1, C): of the last block nothing is computed that the first token does not need.
+    """
 
     def __init__(self, width, layers, heads, causal=False):
         super().__init__()
@@ -81,14 +89,18 @@ class Transformer(nn.Module):
             for bias in (block.attn.out_proj.bias, block.mlp.c_fc.bias, block.mlp.c_proj.bias):
                 nn.init.zeros_(bias)
 
-    def forward(self, x):
-        return self.resblocks(x)
+    def forward(self, x, first_only=False):
+        *blocks, last = self.resblocks
+        for block in blocks:
+            x = block(x)
+        return last(x, first_only)
 
-    def flops(self, tokens):
+    def flops(self, tokens, first_only=False):
         """Floating point operations of one forward pass over `tokens` tokens of one sample."""
-        per_token = 2 * 12 * self.width ** 2        # q, k, v, out: 4 C²; the MLP: 8 C²; a multiply and an add each
-        attention = 4 * tokens ** 2 * self.width    # q·k and weights·v
-        return self.layers * (tokens * per_token + attention)
+        def block(asking):  # k, v: 2 C² a token; q, out: 2 C², MLP: 8 C²; q·k, weights·v; a multiply and an add each
+            return 2 * (2 * tokens * self.width ** 2 + 10 * asking * self.width ** 2 + 2 * asking * tokens * self.width)
+
+        return (self.layers - 1) * block(tokens) + block(1 if first_only else tokens)
 
 
 # --------------------------------------------------------------------------- images, audio, CLIP
@@ -123,13 +135,13 @@ class VisionTransformer(nn.Module):
         x = self.conv1(x).flatten(2).transpose(1, 2)                        # (B, N-1, C)
         cls = self.class_embedding.expand(len(x), 1, -1)                    # (B, 1, C)
         x = torch.cat([cls.to(x.dtype), x], 1) + self.positional_embedding  # (B, N, C)
-        x = self.transformer(self.ln_pre(x))                                # (B, N, C)
+        x = self.transformer(self.ln_pre(x), first_only=True)               # (B, 1, C)
         return self.ln_post(x[:, 0]) @ self.proj                            # (B, D)
 
     def flops(self):
         """Floating point operations of one forward pass of one sample."""
         patches = self.grid[0] * self.grid[1]
-        return 2 * patches * self.conv1.weight.numel() + self.transformer.flops(1 + patches)
+        return 2 * patches * self.conv1.weight.numel() + self.transformer.flops(1 + patches, first_only=True)
 
 
 class CLIP(nn.Module):

@@ -1,7 +1,7 @@
 """How fast is it? Each figure beside its yardstick, paired in one run; nothing here runs in the test suite.
 
     python tests/bench.py step                              # the paper's step against torch.nn.TransformerEncoder
-    python tests/bench.py input --data data/esc50           # clips into the step against soundfile + Kaldi, clip by clip
+    python tests/bench.py input --data data/esc50           # clips into the step against soundfile + Kaldi
     pip install faiss-cpu && python tests/bench.py mining   # exact top 10 against faiss.IndexFlatIP
 """
 import argparse
@@ -57,11 +57,21 @@ def training_step(encoder, batch, precision):
     return step
 
 
+class Reference(nn.TransformerEncoder):
+    """PyTorch's own Transformer, of the audio encoder's size."""
+
+    def __init__(self):
+        layer = nn.TransformerEncoderLayer(768, 12, 3072, 0.0, "gelu", batch_first=True, norm_first=True)
+        super().__init__(layer, 12, enable_nested_tensor=False)
+
+    def forward(self, x, first_only):
+        return super().forward(x)
+
+
 def reference_encoder():
-    """The same encoder around PyTorch's own Transformer, of the same size."""
+    """The same encoder around PyTorch's Transformer."""
     encoder = VisionTransformer(**AUDIO)
-    layer = nn.TransformerEncoderLayer(768, 12, 3072, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
-    encoder.transformer = nn.TransformerEncoder(layer, 12, enable_nested_tensor=False)
+    encoder.transformer = Reference()
     return encoder
 
 
@@ -80,8 +90,8 @@ def step(args):
                                      training_step(reference_encoder(), args.batch, precision), args.rounds)
         print(f"{precision}: {args.batch / ours:.2f} clips/s, torch.nn.TransformerEncoder {args.batch / theirs:.2f}; "
               f"speed ratio {ratio:.3f}", flush=True)
-    ours, theirs = (float(subprocess.run([sys.executable, __file__, "step", "--batch", str(args.batch), "--memory", who],
-                                         check=True, capture_output=True, text=True).stdout)
+    again = [sys.executable, __file__, "step", "--batch", str(args.batch), "--memory"]
+    ours, theirs = (float(subprocess.run([*again, who], check=True, capture_output=True, text=True).stdout)
                     for who in ("ours", "theirs"))
     print(f"fp32 peak memory of the process: {ours:.2f} GiB, torch.nn.TransformerEncoder {theirs:.2f}; "
           f"ratio {ours / theirs:.3f}")

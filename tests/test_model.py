@@ -13,6 +13,7 @@ from model import (
     LARS,
     MLP,
     Attention,
+    Transformer,
     VisionTransformer,
     info_nce,
     parameter_groups,
@@ -92,7 +93,12 @@ def test_attention_is_softmax_of_scaled_products_and_text_sees_no_future():
     attention, x = Attention(width=4, heads=1, causal=True), torch.randn(1, 3, 4)
     q, k, v = torch.nn.functional.linear(x, attention.in_proj_weight).chunk(3, dim=2)
     weights = (q @ k.transpose(1, 2) / 2).masked_fill(torch.ones(3, 3).triu(1).bool(), -math.inf).softmax(2)
-    assert torch.allclose(attention(x), attention.out_proj(weights @ v), atol=1e-6)
+    assert torch.allclose(attention(x, 3), attention.out_proj(weights @ v), atol=1e-6)
+
+
+def test_the_class_token_alone_comes_out_as_among_the_others():
+    transformer, x = Transformer(width=64, layers=3, heads=2), torch.randn(2, 7, 64)
+    assert torch.allclose(transformer(x, first_only=True), transformer(x)[:, :1], atol=1e-6)
 
 
 def test_audio_grid_and_tokens_are_the_papers():
