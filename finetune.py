@@ -382,7 +382,8 @@ def finetune_on_labels(settings, device):
     results, began, measure = {}, time.time(), "mAP" if multi else "accuracy"
     _, front_end, _ = starting_encoder(settings, clip)
     load, clips = sound_loader(folder, front_end), sum(map(len, next(iter(rounds.values()))))
-    load = Remember(load) if 4 * front_end.samples * clips < 2e9 else load  # bytes of all of them
+    small = 4 * front_end.samples * clips < 2e9  # bytes of all of them
+    load, workers = (Remember(load), 0) if small else (load, settings.workers)  # what this process remembers is free
     for name, (training, test) in rounds.items():
         encoder = starting_encoder(settings, clip)[0]  # each round starts anew
         torch.manual_seed(settings.seed)
@@ -392,13 +393,13 @@ def finetune_on_labels(settings, device):
                     "clip": {"weights": weights}}
 
         def validate(learner, test=test):
-            return {measure: measure_head(learner, test, labels, load, device, settings.workers)[0]}
+            return {measure: measure_head(learner, test, labels, load, device, workers)[0]}
 
         if ranks()[0] == 0:
             print(f"{name}: {len(training)} clips train, {len(test)} test -> {out / name.replace(' ', '')}")
         train(learner, LabelledSamples(training, labels, load, settings.mixup),
               replace(settings, out=str(out / name.replace(" ", ""))), identity, validate, device)
-        results[name], heard = measure_head(learner.eval(), test, labels, load, device, settings.workers)
+        results[name], heard = measure_head(learner.eval(), test, labels, load, device, workers)
         if ranks()[0] == 0:
             print(f"{name}: {measure} {results[name]:.1f} % on {heard} of {len(test)} clips")
     if ranks()[0] == 0:
