@@ -11,6 +11,7 @@ finetune.py trains on what this leaves: an index like any other, its captions fi
 
 M  frames     P  captions of the pool     D  embedding     k  captions kept per frame
 """
+import hashlib
 import json
 import os
 import re
@@ -124,6 +125,7 @@ def rows_of(captions, rows, device):
 def cosines_of(queries, part):
     """Cosines of fp16 unit vectors, (b, D), (c, D) -> (b, c): fp16 on a GPU, fp32 by numpy's BLAS on a CPU."""
     if queries.device.type == "cuda":
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # sums of products stay fp32
         return queries @ part.T
     return torch.from_numpy(queries.float().numpy() @ part.float().numpy().T)  # OpenBLAS: torch's MKL is slower on AMD
 
@@ -174,7 +176,8 @@ def top_captions(images, captions, k, columns=16_384, device="cpu"):
     cosines, indices = exact[:, :k].float().cpu().numpy(), index.gather(1, order)[:, :k].cpu().numpy()
     # rounding of a sum of D terms in fp32, and of a cosine that is kept in fp16
     error = images.shape[1] * 2.0 ** -23 + (2.0 ** -11 if queries.device.type == "cuda" else 0)
-    unsure = exact[:, min(k, size) - 1] <= fast[:, -1] + error if size < len(captions) else torch.zeros(0)
+    unsure = (exact[:, min(k, size) - 1] <= fast[:, -1] + error) & (size < len(captions))
+    unsure &= queries.any(1)                         # a row of zeros is an unreadable frame's
     for row in unsure.nonzero().flatten().tolist():
         everything = torch.cat([rows_of(captions, slice(i, i + columns), device).double() @ queries[row].double()
                                 for i in range(0, len(captions), columns)]).cpu().numpy()            # (P,)
@@ -205,10 +208,8 @@ def mine(images, captions, folder, k, device="cpu", rows=2048, columns=16_384, m
     cosines, indices, done = (np.load(paths[name], mmap_mode="r+") for name in ("cosines", "indices", "done"))
     rank, size = ranks()
     starts = range(rank * rows, len(images), size * rows)
-    if torch.device(device).type == "cuda":
-        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # sums of fp16 products stay fp32
-        if captions.nbytes < torch.cuda.mem_get_info(device)[0] / 4:  # read once instead of once a block
-            captions = torch.from_numpy(np.array(captions)).to(device)
+    if torch.device(device).type == "cuda" and captions.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
+        captions = torch.from_numpy(np.array(captions)).to(device)  # read once instead of once a block
     with tqdm(total=len(images), desc=f"mining in {folder}", unit=" frames", unit_scale=True, disable=rank > 0) as bar:
         for start in starts:
             block = slice(start, min(start + rows, len(images)))
@@ -315,6 +316,7 @@ def curate(settings, device):
         rows = settings.rows or (2048 if device.type == "cpu" else 16_384)
         made_of = {name: (Path(path).parent / "bank.json").read_text()
                    for name, path in (("frames", frames.path), ("pool", bank))}
+        made_of["readable"] = hashlib.sha256(frames.rows.tobytes()).hexdigest()
         cosines, indices = mine(frames.path, bank, folder / "mined" / f"{source}-{clip_id}", settings.k, device, rows,
                                 settings.columns, made_of)
 

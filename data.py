@@ -805,13 +805,17 @@ class Pack:
         return Pack, (self.folder, self.front_end)
 
     def load(self, path):
-        """As FrontEnd.load, but int16. Raises Unreadable."""
+        """As FrontEnd.load, but int16. Raises Unreadable, Silent."""
         name = os.path.relpath(path, self.folder.parent).encode()
         at = int(np.searchsorted(self.paths, name))
         if at == len(self.paths) or self.paths[at] != name or self.starts[at] == self.starts[at + 1]:
-            return self.front_end.padded(sixteen_bit(load_audio(path, self.front_end.sample_rate)))
+            wave, length = self.front_end.load(path)
+            return sixteen_bit(wave), length
         end = min(self.starts[at + 1], self.starts[at] + self.front_end.samples)
-        return self.front_end.padded(torch.from_numpy(np.array(self.waves[self.starts[at]:end])))
+        wave = np.array(self.waves[self.starts[at]:end])
+        if wave.min() == wave.max():
+            raise Silent(f"{path}: silent (every sample of its first {self.front_end.seconds:g} s is equal)")
+        return self.front_end.padded(torch.from_numpy(wave))
 
 
 def sixteen_bit(wave):
@@ -829,33 +833,42 @@ def pack_one(path, sample_rate):
 
 def stamp(path):
     """Size and time of a file, (0, 0) where there is none."""
-    stat = os.stat(path) if os.path.exists(path) else None
-    return (stat.st_size, stat.st_mtime_ns) if stat else (0, 0)
+    try:
+        stat = os.stat(path)
+        return stat.st_size, stat.st_mtime_ns
+    except OSError:
+        return 0, 0
 
 
 def pack(folder, clips, sample_rate, workers=2):
-    """Write the clips' sounds into <folder>/packed-<rate>, for training to read; goes on where it was cut short."""
-    out, folder = Path(folder) / f"packed-{sample_rate}", Path(folder)
-    names = sorted({os.path.relpath(clip.audio, folder) for clip in clips})
-    stamps = np.array([stamp(folder / name) for name in names], np.int64)            # (N, 2)
-    starts, known = out / "starts.npy", out / "stamps.npy"
-    if not known.exists() or np.load(out / "paths.npy").tolist() != [name.encode() for name in names] or not (
-            (stamps == 0) | (np.load(known) == stamps)).all():  # other files; those that are gone have done their duty
+    """Write the clips' sounds into <folder>/packed-<rate>, for training to read; goes on where it was cut short.
+
+    Returns the pack's folder, how many sounds it holds, how many could not be read. Raises ValueError where there is
+    a pack of other files, which may be all that is left of them.
+    """
+    out, whole = Path(folder) / f"packed-{sample_rate}", os.path.abspath(folder)
+    names = sorted({os.path.relpath(clip.audio, folder).encode() for clip in clips})
+    files = [os.path.normpath(os.path.join(whole, name.decode())) for name in names]
+    stamps, starts, known = np.array([stamp(path) for path in files], np.int64), out / "starts.npy", out / "stamps.npy"
+    if not known.exists():
         out.mkdir(parents=True, exist_ok=True)
-        known.unlink(missing_ok=True)
-        np.save(out / "paths.npy", np.array([name.encode() for name in names]))
+        np.save(out / "paths.npy", np.array(names))
         np.lib.format.open_memmap(starts, "w+", np.int64, (len(names) + 1,))[1:] = -1
         (out / "waves.i16").write_bytes(b"")
-        np.save(out / "new.npy", stamps)
+        np.save(out / "new.npy", stamps)                                             # (N, 2)
         os.replace(out / "new.npy", known)
+    if np.load(out / "paths.npy").tolist() != names or not ((stamps == 0) | (np.load(known) == stamps)).all():
+        raise ValueError(f"{out} was made of other files, or some have changed; delete it to make it anew")
     starts = np.load(starts, mmap_mode="r+")
-    done = int((starts >= 0).sum()) - 1
+    written = (out / "waves.i16").stat().st_size
+    done = int(((starts >= 0) & (2 * starts <= written)).sum()) - 1
+    starts[done + 1:] = -1
     with (open(out / "waves.i16", "rb+") as file,
           tqdm(total=len(names), initial=done, desc=str(out), unit=" clips") as bar):
         file.truncate(2 * starts[done])  # what a killed run wrote beyond its last entry
         file.seek(0, os.SEEK_END)
-        jobs = [folder / name for name in names[done:]]
-        for i, result in enumerate(in_processes(partial(pack_one, sample_rate=sample_rate), jobs, workers), done):
+        results = in_processes(partial(pack_one, sample_rate=sample_rate), files[done:], workers)
+        for i, result in enumerate(results, done):
             if isinstance(result, str):
                 bar.write(f"skipped: {result}", file=sys.stderr)
                 result = torch.zeros(0, dtype=torch.int16)
@@ -864,6 +877,7 @@ def pack(folder, clips, sample_rate, workers=2):
             starts[i + 1] = starts[i] + len(result)
             bar.update()
     if starts[-1] == 0:
+        shutil.rmtree(out)
         raise ValueError(f"not one of {len(names)} sounds can be read")
     skipped = int((np.diff(starts) == 0).sum())
     return out, len(names) - skipped, skipped
@@ -877,14 +891,16 @@ def sound_loader(folder, front_end):
     out = Path(folder) / f"packed-{front_end.sample_rate}"
     if not (out / "stamps.npy").exists():
         return front_end.load
-    if np.load(out / "starts.npy", mmap_mode="r")[-1] <= 0:
-        raise ValueError(f"{out} is not finished: run python data.py pack again, or delete it")
-    pack = Pack(out, front_end)
-    for name, then in zip(pack.paths, np.load(out / "stamps.npy").tolist()):
-        now = stamp(out.parent / name.decode())
-        if now not in ((0, 0), tuple(then)):
-            raise ValueError(f"{out.parent / name.decode()} has changed since {out} was made: run python data.py pack "
-                             f"again, or delete the pack")
+    end = np.load(out / "starts.npy", mmap_mode="r")[-1]
+    if end <= 0 or (out / "waves.i16").stat().st_size != 2 * end:
+        raise ValueError(f"{out} is not whole: run python data.py pack again, or delete it")
+    pack, whole = Pack(out, front_end), os.path.abspath(folder)
+    if os.environ.get("RANK", "0") == "0":
+        for name, then in zip(pack.paths, np.load(out / "stamps.npy").tolist()):
+            path = os.path.normpath(os.path.join(whole, name.decode()))
+            if stamp(path) not in ((0, 0), tuple(then)):  # a file that is gone has done its duty
+                raise ValueError(f"{path} has changed since {out} was made; delete that to read the files again")
+        print(f"{len(pack.paths)} sounds are read from {out}")
     return pack.load
 
 
@@ -1131,7 +1147,7 @@ def main():
                                 allow_abbrev=False)
     for command in (stats, packs):
         command.add_argument("--data", default="audioset", help="a dataset's name or its folder (audioset)")
-        command.add_argument("--split", default="train", choices=["train", "val", "test"], help="(train)")
+    stats.add_argument("--split", default="train", choices=["train", "val", "test"], help="(train)")
     stats.add_argument("--mels", type=int, default=FrontEnd.mels, help="mel bins (128)")
     stats.add_argument("--frames", type=int, default=FrontEnd.frames, help="of 10 ms that the encoder hears (1000)")
     for command in (cut, stats, packs):
@@ -1153,8 +1169,13 @@ def main():
         extract(args.segments, args.videos, out, args.sample_rate, args.side, args.workers)
     else:
         folder = dataset_folder(args.data)
-        name = next((name for name in READERS if READERS[name].table(folder, args.split).exists()), "audioset")
-        clips = [clip for clip in read_split(name, folder, args.split) if clip.audio]
+        def kind(split):
+            return next((name for name in READERS if READERS[name].table(folder, split).exists()), "audioset")
+
+        there = [split for split in ("train", "val", "test") if (folder / f"{split}.jsonl").exists()
+                 or READERS[kind(split)].table(folder, split).exists()]
+        splits = [args.split] if args.command == "stats" else there or ["train"]
+        clips = [clip for split in splits for clip in read_split(kind(split), folder, split) if clip.audio]
         if args.command == "pack":
             out, count, skipped = pack(folder, clips, args.sample_rate, args.workers)
             print(f"{out}: {count} sounds, {(out / 'waves.i16').stat().st_size / 1e9:.2f} GB, {skipped} unreadable; "

@@ -284,7 +284,10 @@ class HeadLearner(nn.Module):
         return {}
 
     def flops(self):
-        return 3 * self.audio_encoder.flops()
+        """Of one sample's forward pass and of the backward pass through the blocks that learn."""
+        blocks = self.audio_encoder.transformer.resblocks
+        learning = sum(next(block.parameters()).requires_grad for block in blocks) / len(blocks)
+        return (1 + 2 * learning) * self.audio_encoder.flops()
 
 
 class Remember:
@@ -382,7 +385,7 @@ def finetune_on_labels(settings, device):
     results, began, measure = {}, time.time(), "mAP" if multi else "accuracy"
     _, front_end, _ = starting_encoder(settings, clip)
     load, clips = sound_loader(folder, front_end), sum(map(len, next(iter(rounds.values()))))
-    small = 4 * front_end.samples * clips < 2e9  # bytes of all of them
+    small = 4 * front_end.samples * clips * max(1, settings.workers) * ranks()[1] < 4e9  # bytes in all processes
     load, workers = (Remember(load), 0) if small else (load, settings.workers)  # what this process remembers is free
     for name, (training, test) in rounds.items():
         encoder = starting_encoder(settings, clip)[0]  # each round starts anew

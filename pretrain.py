@@ -21,6 +21,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -85,7 +86,7 @@ class Training:
     micro_batch: int = setting(0, "clips that a rank holds activations of; the same result with less memory, a third "
                                "more work; 0: all", free=True)
     epochs: int = setting(25, "passes over the training clips")
-    steps: int = setting(0, "stop after so many, to try something out; 0: all epochs", free=True)
+    steps: int = setting(0, "stop after so many, to try something out; the same command without it goes on; 0: all", free=True)
     warmup_epochs: float = setting(10.0, "of linear warm-up, then cosine to 0.1 %")
     lr_weights: float = setting(0.2, "peak, for weights; LARS multiplies it by batch/256")
     lr_biases: float = setting(4.8e-3, "the same for biases, norms and temperature")
@@ -109,6 +110,9 @@ class Training:
         for name in names:
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        for name in ("steps", "micro_batch"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 0")
         if self.batch % ranks()[1]:
             raise ValueError(f"--batch {self.batch} can't be split over {ranks()[1]} ranks")
         if self.micro_batch and self.batch // ranks()[1] % self.micro_batch:
@@ -133,7 +137,7 @@ TOY = Settings(data="toy", leave_out="none", clip="out/toy/clip/clip.pt", vocab=
 TOY_CLIP = replace(TOY, out="out/toy/clip", optimizer="adam", batch=128, epochs=8, warmup_epochs=0.3,
                    lr_weights=5e-4, lr_biases=5e-4, workers=0, log_every=62)
 # The paper's step without a file: what this machine can do.
-RANDOM = Settings(data="random", init="random", steps=50, log_every=10, save_every=10 ** 9)
+RANDOM = Settings(data="random", init="random", steps=50, log_every=10)
 PRESETS = {"toy": TOY, "random": RANDOM}
 
 
@@ -161,7 +165,8 @@ def start_ranks():
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # the others wait while rank 0 looks at millions of files
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
     return device
 
 
@@ -638,7 +643,7 @@ def train(learner, samples, settings, identity, validate, device):
     learner: forward(batch) -> features; loss(*features) -> (); report() -> numbers to log; flops() of a sample
     samples: len(), read(i, rng) -> dict of tensors; raises Unreadable
     identity: what the checkpoint says of itself, "stage" included
-    validate: (learner) -> dict of numbers, called on every rank after each epoch
+    validate: (learner) -> dict of numbers, called on every rank after each epoch; None: a timing, nothing is kept
     """
     rank, size = ranks()
     out = Path(settings.out)
@@ -690,7 +695,7 @@ def train(learner, samples, settings, identity, validate, device):
         total += loss.detach()
         since += 1
         epoch_ends = (step + 1) % steps_per_epoch == 0
-        saves = epoch_ends or (step + 1) % settings.save_every == 0
+        saves = validate and (epoch_ends or (step + 1) % settings.save_every == 0 or step + 1 == last)
         if saves or since == settings.log_every or step + 1 == last:  # the only place where the device is waited for
             sums = torch.stack([total, torch.tensor(float(missed), device=device)])
             if size > 1:
@@ -710,7 +715,7 @@ def train(learner, samples, settings, identity, validate, device):
                          clips_per_second=speed, waiting=waited / seconds, mfu=speed * learner.flops() / rate / size,
                          skipped=skipped, eta=seconds / since * (last - step - 1))
             total, missed, since, waited, clock = torch.zeros((), device=device), 0, 0, 0.0, time.perf_counter()
-        if epoch_ends:
+        if epoch_ends and validate:
             skipped = 0
             log.validation(step + 1, (step + 1) // steps_per_epoch, **validate(learner.eval()))
             learner.train()

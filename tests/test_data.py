@@ -115,38 +115,54 @@ def test_a_pack_gives_what_decoding_gives_to_the_last_bit(sounds):
     folder, clips = sounds
     front_end = FrontEnd(16_000, 32, 55)
     assert sound_loader(folder, front_end) == front_end.load
+    decoded = {name: front_end.load(folder / name) for name in ("0.wav", "1.wav", "2.wav", "3.wav", "float.wav")}
     _, count, skipped = pack(folder, clips, 16_000, workers=0)
-    load = pickle.loads(pickle.dumps(sound_loader(folder, front_end)))  # as a worker process gets it
     assert (count, skipped) == (5, 1)
-    for i in range(4):
-        decoded, packed = front_end.load(folder / f"{i}.wav"), load(folder / f"{i}.wav")
-        assert packed[0].dtype == torch.int16 and packed[1] == decoded[1]
-        assert torch.equal(packed[0] / 32768, decoded[0])
-        assert torch.equal(*(front_end(wave[None], torch.tensor([length])) for wave, length in (decoded, packed)))
-    rounded = load(folder / "float.wav")[0] / 32768 - front_end.load(folder / "float.wav")[0]
-    assert 0 < rounded.abs().max() <= 0.5 / 32768 + 1e-7
+    load = pickle.loads(pickle.dumps(sound_loader(folder, front_end)))  # as a worker process gets it
     with pytest.raises(Unreadable, match=r"bad\.wav"):
         load(folder / "bad.wav")
+    for path in folder.glob("*.wav"):  # what is packed may go
+        path.unlink()
+    for name, (wave, length) in decoded.items():
+        packed, packed_length = load(folder / name)
+        assert packed.dtype == torch.int16 and packed_length == length
+        error = (packed / 32768 - wave).abs().max()
+        if name == "float.wav":
+            assert 0 < error <= 0.5 / 32768 + 1e-7
+        else:
+            assert error == 0
+            lengths = torch.tensor([length])
+            assert torch.equal(front_end(packed[None], lengths), front_end(wave[None], lengths))
 
 
-def test_a_pack_goes_on_where_it_was_killed_and_notices_changed_files(sounds):
+def test_a_pack_goes_on_where_it_was_killed(sounds):
     folder, clips = sounds
     front_end, out = FrontEnd(16_000, 32, 55), folder / "packed-16000"
     pack(folder, clips, 16_000, workers=0)
     whole = (out / "waves.i16").read_bytes()
-    starts = np.load(out / "starts.npy", mmap_mode="r+")
-    starts[3:] = -1                                           # as a kill leaves it, in the middle of the fourth file
-    starts.flush()
-    (out / "waves.i16").write_bytes(whole[:2 * starts[2] + 99])
-    with pytest.raises(ValueError, match="not finished"):
-        sound_loader(folder, front_end)
+    for kept, size in ((3, 99), (6, -5000)):  # killed in the middle of a file; or written to a disk that lost the end
+        starts = np.load(out / "starts.npy", mmap_mode="r+")
+        (out / "waves.i16").write_bytes(whole[:2 * starts[kept - 1] + size])
+        starts[kept:] = -1
+        starts.flush()
+        with pytest.raises(ValueError, match="is not whole"):
+            sound_loader(folder, front_end)
+        pack(folder, clips, 16_000, workers=0)
+        assert (out / "waves.i16").read_bytes() == whole
+
+
+def test_a_pack_notices_other_files_and_is_never_overwritten(sounds):
+    folder, clips = sounds
+    front_end = FrontEnd(16_000, 32, 55)
     pack(folder, clips, 16_000, workers=0)
-    assert (out / "waves.i16").read_bytes() == whole
-    (folder / "1.wav").unlink()                               # what is packed may go
-    sound_loader(folder, front_end)(folder / "1.wav")
+    before = (folder / "packed-16000/waves.i16").read_bytes()
     write(folder / "2.wav", np.sin(np.arange(9000)))
     with pytest.raises(ValueError, match=r"2\.wav has changed since"):
         sound_loader(folder, front_end)
+    for others in (clips, clips[:3]):
+        with pytest.raises(ValueError, match="made of other files, or some have changed; delete it"):
+            pack(folder, others, 16_000, workers=0)
+    assert (folder / "packed-16000/waves.i16").read_bytes() == before
 
 
 # --------------------------------------------------------------------------------------- audio

@@ -4,6 +4,7 @@ import math
 import os
 import signal
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -15,11 +16,13 @@ import data
 import pretrain
 from clip_load import audio_encoder_from_clip, load_clip
 from data import Unreadable, read_index
+from model import info_nce
 from pretrain import (
     AudioLearner,
     AudioSamples,
     Draws,
     Settings,
+    backward_in_slices,
     batches,
     frame_bank,
     load_checkpoint,
@@ -201,6 +204,32 @@ def test_slices_of_a_batch_give_the_whole_batchs_gradients(run, pretrain_flags, 
     assert done.returncode == 1 and "can't be cut into such slices" in done.stderr
 
 
+def test_slices_hold_activations_of_so_many_samples_only():
+    class Recorder(torch.nn.Module):
+        """A linear encoder that writes down how many samples it saw at once, and whether it kept their activations."""
+
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.log_scale, self.seen = torch.nn.Linear(5, 3), torch.nn.Parameter(torch.tensor(1.0)), []
+
+        def forward(self, batch):
+            self.seen.append((len(batch["x"]), torch.is_grad_enabled()))
+            return self.encoder(batch["x"]), batch["y"]
+
+        def loss(self, a, b):
+            return info_nce(a, b, self.log_scale)
+
+    learner, batch = Recorder(), {"x": torch.randn(12, 5), "y": torch.randn(12, 3)}
+    loss = learner.loss(*learner(batch))
+    loss.backward()
+    whole = [p.grad.clone() for p in learner.parameters()]
+    learner.zero_grad()
+    learner.seen.clear()
+    assert torch.allclose(backward_in_slices(learner, learner, batch, 4, nullcontext()), loss)
+    assert learner.seen == [(4, False)] * 3 + [(4, True)] * 3
+    assert all(torch.allclose(p.grad, g, atol=1e-6) for p, g in zip(learner.parameters(), whole))
+
+
 def test_the_papers_step_is_timed_without_a_file(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = run("pretrain.py", "--data", "random", "--frames", 100, "--mels", 32, "--sample-rate", 16_000, "--batch", 2,
@@ -208,6 +237,16 @@ def test_the_papers_step_is_timed_without_a_file(run, tmp_path, monkeypatch):
     lines = [json.loads(line) for line in (tmp_path / "out/random/log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines[1:]] == [1, 2] and lines[2]["clips_per_second"] > 0 and "MFU" in done.stdout
     assert not (tmp_path / "out/random/checkpoint.pt").exists()
+
+
+def test_a_run_stopped_after_some_steps_goes_on(run, pretrain_flags, tmp_path):
+    run("pretrain.py", *flat(pretrain_flags))
+    stopped = pretrain_flags | {"--out": tmp_path / "stopped"}
+    run("pretrain.py", *flat(stopped | {"--steps": 6}))
+    assert load_checkpoint(tmp_path / "stopped/checkpoint.pt", ["pretrain"])["step"] == 6
+    run("pretrain.py", *flat(stopped))
+    whole, resumed = learner_of(pretrain_flags["--out"]), learner_of(tmp_path / "stopped")
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
 def test_vip_ant_starts_from_clip_and_va_rand_does_not(small_clip, run, pretrain_flags):
