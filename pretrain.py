@@ -135,7 +135,7 @@ TOY = Settings(data="toy", leave_out="none", clip="out/toy/clip/clip.pt", vocab=
                sample_rate=16_000, mels=64, frames=100, mean=-2.21, std=3.51, stride_time=12, stride_mel=12, batch=64,
                epochs=9, warmup_epochs=0.5, lr_weights=5.0, lr_biases=7e-3, workers=1, log_every=62)
 TOY_CLIP = replace(TOY, out="out/toy/clip", optimizer="adam", batch=128, epochs=8, warmup_epochs=0.3,
-                   lr_weights=5e-4, lr_biases=5e-4, workers=0, log_every=62)
+                   lr_weights=5e-4, lr_biases=5e-4, workers=1, log_every=62)
 # The paper's step without a file: what this machine can do.
 RANDOM = Settings(data="random", init="random", steps=50, log_every=10)
 PRESETS = {"toy": TOY, "random": RANDOM}
