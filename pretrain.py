@@ -86,7 +86,7 @@ class Training:
     micro_batch: int = setting(0, "clips that a rank holds activations of; the same result with less memory, a third "
                                "more work; 0: all", free=True)
     epochs: int = setting(25, "passes over the training clips")
-    steps: int = setting(0, "stop after so many, to try something out; the same command without it goes on; 0: all", free=True)
+    steps: int = setting(0, "stop after so many; the same command without it goes on; 0: all epochs", free=True)
     warmup_epochs: float = setting(10.0, "of linear warm-up, then cosine to 0.1 %")
     lr_weights: float = setting(0.2, "peak, for weights; LARS multiplies it by batch/256")
     lr_biases: float = setting(4.8e-3, "the same for biases, norms and temperature")

@@ -140,7 +140,7 @@ def test_a_pack_goes_on_where_it_was_killed(sounds):
     front_end, out = FrontEnd(16_000, 32, 55), folder / "packed-16000"
     pack(folder, clips, 16_000, workers=0)
     whole = (out / "waves.i16").read_bytes()
-    for kept, size in ((3, 99), (6, -5000)):  # killed in the middle of a file; or written to a disk that lost the end
+    for kept, size in ((3, 99), (7, -5000)):  # killed in the middle of a file; or the disk lost the end of the waves
         starts = np.load(out / "starts.npy", mmap_mode="r+")
         (out / "waves.i16").write_bytes(whole[:2 * starts[kept - 1] + size])
         starts[kept:] = -1
