@@ -75,7 +75,7 @@ class Settings:
     seed: int = setting(0, "of rc's random captions")
     preview: int = setting(0, "draw so many clips with their captions into <source>.png")
     workers: int = setting(min(8, os.cpu_count() or 1), "processes that decode, a rank")
-    rows: int = setting(0, "frames that are searched at a time; 0: 8192 on a CPU, 16384 on a GPU")
+    rows: int = setting(16_384, "frames that are searched at a time")
     columns: int = setting(65_536, "captions that are compared at a time")
 
 
@@ -111,7 +111,17 @@ def caption_pool(source, folder):
 
 # -------------------------------------------------------------------------------------- mining
 
-SPARE, GROUP = 6, 64  # captions a shortlist holds beyond k; captions of which only the best one is looked at first
+GROUP = 64  # captions of which only the best one is looked at first
+# Of what a shortlist is computed in: the captions it holds beyond k, and how far rounding may move a cosine besides
+# the sum's rounding: unit vectors of fp16 are exact in fp16, but a cosine is kept in it; bf16 rounds the vectors too.
+ROUGH = {torch.float32: (6, 0.0), torch.float16: (6, 2.0 ** -11), torch.bfloat16: (22, 2.0 ** -7)}
+
+
+def rough_type(device):
+    """What a device multiplies fastest: fp16 on a GPU, bf16 on a CPU that has units for it, fp32 otherwise."""
+    if torch.device(device).type == "cuda":
+        return torch.float16
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
 def rows_of(captions, rows, device):
@@ -121,7 +131,7 @@ def rows_of(captions, rows, device):
     return torch.from_numpy(np.array(captions[rows.cpu().numpy() if torch.is_tensor(rows) else rows])).to(device)
 
 
-def shortlist(queries, captions, size, columns):
+def shortlist(queries, captions, size, columns, rough):
     """The `size` captions nearest to each query, but for rounding: (b, D) -> cosines, nearest first, indices (b, size).
 
     Sorting all cosines would take as long as computing them. The nearest `size` are among the `size` groups whose
@@ -129,20 +139,24 @@ def shortlist(queries, captions, size, columns):
     """
     gpu, device, chunk = queries.device.type == "cuda", queries.device, min(columns, len(captions))
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # sums of fp16 products stay fp32
-    queries = queries if gpu else queries.float()
-    tile, panel = (len(queries), chunk) if gpu else (1024, 1024)  # a CPU multiplies narrow panels faster
-    room = queries.new_empty(min(tile, len(queries)), -(-chunk // GROUP) * GROUP)  # fresh memory each time is slow
+    queries = queries.to(rough)
+    tile, panel = (len(queries), -(-chunk // GROUP) * GROUP) if gpu else (1024, 1024)  # a CPU likes small products
+    room = queries.new_empty(-(-chunk // panel) * min(tile, len(queries)) * panel)  # fresh memory each time is slow
     best = [None] * -(-len(queries) // tile)
     for start in range(0, len(captions), chunk):
         part = rows_of(captions, slice(start, start + chunk), device).to(queries.dtype)              # (c, D)
+        panels = part.split(panel)
         for i, some in enumerate(queries.split(tile)):                                               # (b, D)
-            for j in range(0, len(part), panel):
-                torch.mm(some, part[j:j + panel].T, out=room[:len(some), j:j + panel][:, :len(part) - j])
-            room[:, len(part):] = -torch.inf
-            groups = room[:len(some)].unflatten(1, (-1, GROUP))                                      # (b, c/64, 64)
-            chosen = groups.amax(2).topk(min(size, groups.shape[1]), sorted=False).indices           # (b, s)
-            rows = chosen + groups.shape[1] * torch.arange(len(some), device=device)[:, None]
-            members = room.view(-1, GROUP)[rows.flatten()].view(len(some), -1).float()               # (b, s·64)
+            block = room[:len(panels) * len(some) * panel].view(len(panels), len(some), panel)       # (c/p, b, p)
+            for products, those in zip(block, panels):
+                torch.mm(some, those.T, out=products[:, :len(those)])
+            block[-1, :, len(panels[-1]):] = -torch.inf
+            groups = block.unflatten(2, (-1, GROUP))                                           # (c/p, b, p/64, 64)
+            nearest = groups.amax(3).transpose(0, 1).flatten(1)                                      # (b, c/64)
+            chosen = nearest.topk(min(size, nearest.shape[1]), sorted=False).indices                 # (b, s)
+            each, row = groups.shape[2], torch.arange(len(some), device=device)[:, None]
+            at = (chosen // each * len(some) + row) * each + chosen % each
+            members = groups.view(-1, GROUP)[at].flatten(1).float()                                  # (b, s·64)
             cosine, at = members.topk(min(size, len(part)))                                          # (b, size)
             index = start + chosen.gather(1, at // GROUP) * GROUP + at % GROUP
             if start:
@@ -159,13 +173,15 @@ def top_captions(images, captions, k, columns=65_536, device="cpu"):
 
     captions: an array in memory or on disk, or a tensor on the device. Ties are ranked by index.
 
-    A shortlist is found in fp32 (fp16 on a GPU) and its cosines computed again in float64, where a dot product of fp16
-    unit vectors has no rounding (its terms are multiples of 2^-48, its partial sums at most 1 in size: 49 bits of 53).
+    A shortlist is found in what the device is fast at and its cosines computed again in float64, where a dot product of
+    fp16 unit vectors has no rounding (terms are multiples of 2^-48, partial sums at most 1 in size: 49 bits of 53).
     What is not on the shortlist is at best a rounding error nearer than the last that is; where that could matter, the
     row is done again in float64 over all captions. So the result depends on no block size and no device.
     """
-    queries, size = torch.as_tensor(images, device=device), min(k + SPARE, len(captions))            # (b, D)
-    fast, index = shortlist(queries, captions, size, columns)
+    rough = rough_type(device)
+    spare, error = ROUGH[rough]
+    queries, size = torch.as_tensor(images, device=device), min(k + spare, len(captions))            # (b, D)
+    fast, index = shortlist(queries, captions, size, columns, rough)
     index = index.sort(1).values                     # so that a stable sort by cosine leaves ties in order
     exact = []
     for part, near in zip(queries.split(256), index.split(256)):
@@ -173,8 +189,7 @@ def top_captions(images, captions, k, columns=65_536, device="cpu"):
         exact.append((part.double()[:, None] @ near.transpose(1, 2))[:, 0])                          # (256, size)
     exact, order = torch.cat(exact).sort(dim=1, descending=True, stable=True)
     cosines, indices = exact[:, :k].float().cpu().numpy(), index.gather(1, order)[:, :k].cpu().numpy()
-    # rounding of a sum of D terms in fp32, and of a cosine that is kept in fp16
-    error = images.shape[1] * 2.0 ** -23 + (2.0 ** -11 if queries.device.type == "cuda" else 0)
+    error += images.shape[1] * 2.0 ** -23            # of a sum of D terms in fp32
     unsure = (exact[:, min(k, size) - 1] <= fast[:, -1] + error) & (size < len(captions))
     unsure &= queries.any(1)                         # a row of zeros is an unreadable frame's
     for row in unsure.nonzero().flatten().tolist():
@@ -185,7 +200,7 @@ def top_captions(images, captions, k, columns=65_536, device="cpu"):
     return cosines, indices
 
 
-def mine(images, captions, folder, k, device="cpu", rows=8192, columns=65_536, made_of=None):
+def mine(images, captions, folder, k, device="cpu", rows=16_384, columns=65_536, made_of=None):
     """Each image's k nearest captions, kept in `folder`: files of (M, D), (P, D) fp16 -> cosines, indices (M, k).
 
     Memory holds a block of images and a block of captions, whatever their numbers. The ranks share the blocks of
@@ -312,12 +327,11 @@ def curate(settings, device):
         frames = frame_bank(folder / "banks" / f"train-{clip_id}", clips, clip, device, settings.workers)
         texts = [f"{PROMPTS[source]} {caption}" for caption in pool]
         bank = text_embeddings(folder / "banks" / f"{source}-{clip_id}", texts, clip, tokenizer, device)
-        rows = settings.rows or (8192 if device.type == "cpu" else 16_384)
         made_of = {name: (Path(path).parent / "bank.json").read_text()
                    for name, path in (("frames", frames.path), ("pool", bank))}
         made_of["readable"] = hashlib.sha256(frames.rows.tobytes()).hexdigest()
-        cosines, indices = mine(frames.path, bank, folder / "mined" / f"{source}-{clip_id}", settings.k, device, rows,
-                                settings.columns, made_of)
+        cosines, indices = mine(frames.path, bank, folder / "mined" / f"{source}-{clip_id}", settings.k, device,
+                                settings.rows, settings.columns, made_of)
 
         def found(i):
             if not train_on[i]:

@@ -12,6 +12,7 @@ import torch
 from conftest import ROOT, flat
 from PIL import Image
 
+import curate
 from clip_load import load_clip
 from curate import (
     Generation,
@@ -55,6 +56,20 @@ def vectors(tmp_path_factory):
 def test_mining_equals_brute_force_whatever_the_blocks(vectors, tmp_path, rows, columns):
     folder, (cosines, indices) = vectors
     found = mine(folder / "images.npy", folder / "captions.npy", tmp_path, 10, rows=max(rows, 50), columns=columns)
+    assert np.array_equal(found[1], indices) and np.array_equal(found[0], cosines)
+
+
+@pytest.mark.parametrize("rough", [torch.float16, torch.bfloat16])
+def test_mining_is_exact_whatever_the_shortlist_is_computed_in(vectors, monkeypatch, rough):
+    """All images look at the same 300 captions, which differ by less than such a type can tell."""
+    images, captions = np.load(vectors[0] / "images.npy")[:300].astype(float), np.load(vectors[0] / "captions.npy")
+    near = images[5] + np.random.default_rng(2).normal(size=(300, 64)) * 1e-3
+    captions[600:900] = near / np.linalg.norm(near, axis=1, keepdims=True)
+    images += images[5]
+    images = (images / np.linalg.norm(images, axis=1, keepdims=True)).astype(np.float16)
+    cosines, indices = brute_force(images, captions, 10)
+    monkeypatch.setattr(curate, "rough_type", lambda device: rough)
+    found = top_captions(images, captions, 10, columns=999)
     assert np.array_equal(found[1], indices) and np.array_equal(found[0], cosines)
 
 
