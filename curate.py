@@ -37,11 +37,16 @@ from clip_load import (
 from data import (
     CLASS_NAMES,
     add_labels,
+    claim,
     dataset_folder,
+    is_array,
+    new_array,
     read_coco_captions,
     read_index,
     read_segments,
     read_split,
+    run,
+    write_whole,
 )
 from pretrain import (
     TOY,
@@ -49,7 +54,6 @@ from pretrain import (
     frame_bank,
     parse,
     ranks,
-    run,
     setting,
     start_ranks,
     text_embeddings,
@@ -210,14 +214,16 @@ def mine(images, captions, folder, k, device="cpu", rows=16_384, columns=65_536,
     k, note = min(k, len(captions)), folder / "mined.json"
     paths = {name: folder / f"{name}.npy" for name in ("cosines", "indices", "done")}
     made_of = json.dumps({"k": k, "images": len(images), "captions": len(captions), **(made_of or {})})
-    if ranks()[0] == 0 and (not note.exists() or note.read_text() != made_of):
-        folder.mkdir(parents=True, exist_ok=True)
-        note.unlink(missing_ok=True)
-        np.lib.format.open_memmap(paths["cosines"], "w+", np.float32, (len(images), k))
-        np.lib.format.open_memmap(paths["indices"], "w+", np.int32, (len(images), k))
-        np.lib.format.open_memmap(paths["done"], "w+", np.uint8, (len(images),))
-        note.with_suffix(".tmp").write_text(made_of)
-        os.replace(note.with_suffix(".tmp"), note)
+    arrays = {"cosines": (np.float32, (len(images), k)), "indices": (np.int32, (len(images), k)),
+              "done": (np.uint8, (len(images),))}
+    if ranks()[0] == 0:
+        lock = claim(folder)
+        if not (note.exists() and note.read_bytes() == made_of.encode()
+                and all(is_array(paths[name], *kind) for name, kind in arrays.items())):
+            note.unlink(missing_ok=True)
+            for name, kind in arrays.items():
+                new_array(paths[name], *kind)
+            write_whole(note, lambda path: path.write_text(made_of))
     barrier()
     cosines, indices, done = (np.load(paths[name], mmap_mode="r+") for name in ("cosines", "indices", "done"))
     rank, size = ranks()
@@ -232,6 +238,8 @@ def mine(images, captions, folder, k, device="cpu", rows=16_384, columns=65_536,
                 done[block] = 1
             bar.update(min(size * rows, len(images) - bar.n))
     barrier()
+    if rank == 0:
+        lock.close()
     return cosines, indices
 
 
@@ -279,19 +287,23 @@ def write_index(path, clips, captions):
 
     captions: for each clip its captions and their cosines (or None), one clip at a time.
     """
-    folder, kept, pairs, part = path.parent, 0, 0, path.with_name(path.name + ".part")
-    with open(part, "w", encoding="utf-8") as file:
-        for clip, (texts, scores) in zip(clips, captions):
-            if not texts:
-                continue
-            row = {"id": clip.id, "audio": os.path.relpath(clip.audio, folder), "labels": list(clip.labels),
-                   "frames": [os.path.relpath(frame, folder) for frame in clip.frames], "captions": list(texts)}
-            if scores:
-                row["scores"] = [round(score, 4) for score in scores]
-            file.write(json.dumps({key: value for key, value in row.items() if value}, ensure_ascii=False) + "\n")
-            kept, pairs = kept + 1, pairs + len(texts)
-    os.replace(part, path)
-    return kept, pairs
+    folder, counts, lock = path.parent, [], claim(path.parent)
+
+    def save(part):
+        with open(part, "w", encoding="utf-8") as file:
+            for clip, (texts, scores) in zip(clips, captions):
+                if not texts:
+                    continue
+                row = {"id": clip.id, "audio": os.path.relpath(clip.audio, folder), "labels": list(clip.labels),
+                       "frames": [os.path.relpath(frame, folder) for frame in clip.frames], "captions": list(texts)}
+                if scores:
+                    row["scores"] = [round(score, 4) for score in scores]
+                file.write(json.dumps({key: value for key, value in row.items() if value}, ensure_ascii=False) + "\n")
+                counts.append(len(texts))
+
+    write_whole(path, save)
+    lock.close()
+    return len(counts), sum(counts)
 
 
 def preview(path, clips, found, count):
@@ -406,7 +418,7 @@ def generate(settings, device):
     state = json.loads(note.read_text()) if note.exists() else {"made_of": made_of, "batches": 0, "bytes": 0}
     if state["made_of"] != made_of or (out.exists() and not note.exists()):
         raise ValueError(f"{out} was made otherwise; choose another --out, or delete it and {note}")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    lock = claim(out.parent)
     tokenizer = AutoTokenizer.from_pretrained(settings.model, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(
@@ -437,12 +449,12 @@ def generate(settings, device):
                             file.write(caption.encode() + b"\n")
                 file.flush()
                 state |= {"batches": state["batches"] + 1, "bytes": file.seek(0, os.SEEK_END)}
-                Path(f"{note}.part").write_text(json.dumps(state))
-                os.replace(f"{note}.part", note)
+                write_whole(note, lambda path, state=state: path.write_text(json.dumps(state)))
                 bar.update(len(known) - before)
                 barren = barren + 1 if len(known) == before else 0
                 if barren == 20:
                     raise ValueError(f"{settings.model} wrote no new caption in 20 batches; {len(known)} are in {out}")
+    lock.close()
     print(f"{out}: {len(known)} captions; next: python curate.py --source fc")
 
 

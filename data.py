@@ -9,6 +9,8 @@ B  batch     S  samples of a waveform     T  frames of 10 ms     F  mel bins    
 """
 import argparse
 import csv
+import errno
+import fcntl
 import gzip
 import itertools
 import json
@@ -16,10 +18,13 @@ import math
 import os
 import re
 import shutil
+import signal
+import socket
 import sys
 import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
+from datetime import datetime
 from fractions import Fraction
 from functools import lru_cache, partial
 from pathlib import Path
@@ -28,6 +33,7 @@ import av
 import numpy as np
 import soundfile
 import torch
+import torch.distributed as dist
 import torchaudio
 from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader, Dataset
@@ -42,7 +48,79 @@ class Silent(Unreadable):
     """A file, or the part of it that was asked for, whose samples are all equal."""
 
 
+# ------------------------------------------------------------- files that are whole, or not there
+
+def write_whole(path, save):
+    """save(temporary path), then rename it: `path` is always whole. Raises OSError that names the path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")  # what a killed run leaves, the next one overwrites
+    try:
+        save(part)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # soundfile's and torch.save's are RuntimeErrors
+        part.unlink(missing_ok=True)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "is the disk full?"
+        raise OSError(f"{path}: can't be written ({reason}); the same command goes on from here") from None
+
+
+def new_array(path, dtype, shape):
+    """An array of zeros in a file, its room on the disk taken. Raises OSError that names the path.
+
+    Memory that is mapped to a full disk ends the process at the first write to it, without a word.
+    """
+    try:
+        np.lib.format.open_memmap(path, "w+", dtype, shape)
+        with open(path, "rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+    except OSError as error:
+        Path(path).unlink(missing_ok=True)
+        need = math.prod(shape) * np.dtype(dtype).itemsize / 1e9
+        raise OSError(f"{path}: can't be written ({error.strerror}); it needs {need:.2g} GB") from None
+
+
+def is_array(path, dtype, shape):
+    """Whether a file is such an array; what a flipped bit made of one may be anything."""
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError, SyntaxError, TypeError, OverflowError, MemoryError):
+        return False
+    return array.dtype == dtype and array.shape == shape
+
+
+def claim(folder):
+    """Hold a folder for this process until the returned file is closed, or the process ends, however it ends.
+
+    Raises ValueError, with the holder's identity, where another process has it.
+    """
+    path = Path(folder) / "lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT), "r+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return file  # a file system without locks
+        raise ValueError(f"{folder} is in use by {file.read().strip() or 'another process'}; wait for it, or choose "
+                         f"another folder") from None
+    file.truncate(0)
+    file.write(f"{' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])} (process {os.getpid()} on {socket.gethostname()}, "
+               f"since {datetime.now().isoformat(' ', 'seconds')})\n")
+    file.flush()
+    return file
+
+
+def inside(folder, name):
+    """Path of a file below a folder, as a table or an index names it -> str. Raises ValueError where it leads out."""
+    if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == ".." or "\0" in name:
+        raise ValueError(f"{name!r} leads out of {folder}; put a link into that folder instead")
+    return os.path.join(folder, name)
+
+
 # --------------------------------------------------------------------------------------- audio
+
+LONGEST = 6 * 3600  # seconds of a file that is read whole
+
 
 def load_audio(path, sample_rate, seconds=None, start=0.0):
     """First channel of an audio file, `seconds` (all by default) from `start` on -> (S,) float32 in [-1, 1].
@@ -53,16 +131,21 @@ def load_audio(path, sample_rate, seconds=None, start=0.0):
     try:
         with soundfile.SoundFile(path) as file:
             rate, channels = file.samplerate, file.channels
+            if not 1000 <= rate <= 1_000_000:
+                raise Unreadable(f"{path}: says it has {rate} samples a second; is its header damaged?")
             if start:
                 file.seek(min(round(start * rate), file.frames))
-            wave = file.read(-1 if seconds is None else math.ceil(seconds * rate), dtype="float32", always_2d=True)
+            wanted, parts = math.ceil((seconds or LONGEST) * rate), []
+            while wanted > 0:  # a header may promise any number of samples and channels
+                parts.append(file.read(min(wanted, 2 ** 16), dtype="float32", always_2d=True)[:, 0].copy())
+                wanted = wanted - len(parts[-1]) if len(parts[-1]) == min(wanted, 2 ** 16) else -1
     except (OSError, RuntimeError, TypeError) as error:  # soundfile's own is a RuntimeError; TypeError: a .raw file
         raise Unreadable(f"{path}: can't be read as audio ({error})") from None
-    if not 1000 <= rate <= 1_000_000:
-        raise Unreadable(f"{path}: says it has {rate} samples a second; is its header damaged?")
+    if seconds is None and wanted == 0:
+        raise Unreadable(f"{path}: longer than {LONGEST // 3600} hours; cut it")
     if channels > 1:
         warnings.warn("some audio has more than one channel: its first is used (§3.2.2)", stacklevel=1)
-    wave = wave[:, 0]                                                                # (S,)
+    wave = np.concatenate(parts)                                                     # (S,)
     if len(wave) < 0.025 * rate:
         raise Unreadable(f"{path}: {1000 * len(wave) / rate:.0f} ms of audio; one frame needs 25 ms")
     if not np.isfinite(wave).all():
@@ -306,11 +389,14 @@ def read_index(path, need=("audio",)):
                 if wrong or not isinstance(row.get("audio") or "", str):
                     raise ValueError(f"{path}:{number}: {', '.join(wrong) or 'audio'} must be "
                                      f"{'a list of strings' if wrong else 'a string'}")
-                clips.append(Clip(id=str(row["id"]),
-                                  audio=os.path.join(path.parent, row["audio"]) if row.get("audio") else "",
-                                  frames=tuple(os.path.join(path.parent, frame) for frame in lists["frames"]),
-                                  labels=tuple(names.get(label, label) for label in lists["labels"]),
-                                  captions=tuple(lists["captions"])))
+                try:
+                    clips.append(Clip(id=str(row["id"]),
+                                      audio=inside(path.parent, row["audio"]) if row.get("audio") else "",
+                                      frames=tuple(inside(path.parent, frame) for frame in lists["frames"]),
+                                      labels=tuple(names.get(label, label) for label in lists["labels"]),
+                                      captions=tuple(lists["captions"])))
+                except ValueError as error:
+                    raise ValueError(f"{path}:{number}: {error}") from None
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such index. README.md, 'Index', says what it holds") from None
     except UnicodeDecodeError as error:
@@ -349,7 +435,7 @@ def read_csv(path, need):
 
 def read_esc50(folder, split="test"):
     """ESC-50 (or ESC-10) as published -> list of Clip with one label and a fold; underscores become spaces."""
-    return [Clip(row["filename"], str(folder / "audio" / row["filename"]), labels=(row["category"].replace("_", " "),),
+    return [Clip(row["filename"], inside(folder / "audio", row["filename"]), labels=(row["category"].replace("_", " "),),
                  fold=int(row["fold"]) if row["fold"].isdigit() else 0, easy=row.get("esc10") == "True")
             for row in read_csv(folder / "meta" / "esc50.csv", ("filename", "fold", "category"))]
 
@@ -362,7 +448,7 @@ def us8k_root(folder):
 def read_us8k(folder, split="test"):
     """UrbanSound8K as published -> list of Clip with one label and a fold; underscores become spaces."""
     folder = us8k_root(folder)
-    return [Clip(row["slice_file_name"], str(folder / "audio" / f"fold{row['fold']}" / row["slice_file_name"]),
+    return [Clip(row["slice_file_name"], inside(folder / "audio", f"fold{row['fold']}/{row['slice_file_name']}"),
                  labels=(row["class"].replace("_", " "),), fold=int(row["fold"]) if row["fold"].isdigit() else 0)
             for row in read_csv(folder / "metadata" / "UrbanSound8K.csv", ("slice_file_name", "fold", "class"))]
 
@@ -373,7 +459,7 @@ CLOTHO_SPLITS = {"train": "development", "val": "validation", "test": "evaluatio
 def read_clotho(folder, split="test"):
     """Clotho as published -> list of Clip with 5 captions."""
     split, keys = CLOTHO_SPLITS[split], [f"caption_{i}" for i in range(1, 6)]
-    return [Clip(row["file_name"], str(folder / split / row["file_name"]), captions=tuple(row[key] for key in keys))
+    return [Clip(row["file_name"], inside(folder / split, row["file_name"]), captions=tuple(row[key] for key in keys))
             for row in read_csv(folder / f"clotho_captions_{split}.csv", ("file_name", *keys))]
 
 
@@ -566,6 +652,12 @@ class Calls(Dataset):
         return self.function(self.items[i])
 
 
+def worker_starts(worker):
+    """A worker process leaves Ctrl-C to its parent, whose handler of SIGTERM it must not inherit either."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def as_it_is(result):
     """Collate nothing."""
     return result
@@ -573,7 +665,8 @@ def as_it_is(result):
 
 def in_processes(function, items, workers):
     """Iterate over function(item) in the order of items, computed by `workers` processes (0: by this one)."""
-    return DataLoader(Calls(function, items), batch_size=None, num_workers=workers, collate_fn=as_it_is)
+    return DataLoader(Calls(function, items), batch_size=None, num_workers=workers, collate_fn=as_it_is,
+                      worker_init_fn=worker_starts)
 
 
 def opened(path, kind):
@@ -739,19 +832,6 @@ def whatever_is_wrong(function, path, *args):
         raise Unreadable(f"{path}: {type(error).__name__}: {error}") from None
 
 
-def write_whole(path, save):
-    """save(temporary path), then rename it to `path`. Raises OSError that names the path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")  # what a killed run leaves, the next one overwrites
-    try:
-        save(part)
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # soundfile's is a RuntimeError
-        part.unlink(missing_ok=True)
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "is the disk full?"
-        raise OSError(f"{path}: can't be written ({reason})") from None
-
-
 def extract(table, videos, out, sample_rate=FrontEnd.sample_rate, side=224, workers=2):
     """Cut a table's segments out of the videos below a folder; returns {status: count}.
 
@@ -763,6 +843,7 @@ def extract(table, videos, out, sample_rate=FrontEnd.sample_rate, side=224, work
     segments, files = read_segments(table), by_video(find_files(videos, VIDEO))
     split = {table: split for split, table in AUDIOSET_SPLITS.items()}.get(table.stem, table.stem)
     names = class_names(table.parent) if (table.parent / CLASS_NAMES).exists() else {}
+    lock = claim(out)
     note, made_with = out / "extract.json", json.dumps({"sample_rate": sample_rate, "side": side})
     if note.exists() and note.read_text() != made_with:
         raise ValueError(f"{out} was extracted with {note.read_text()}, not {made_with}; choose another --out")
@@ -794,6 +875,7 @@ def extract(table, videos, out, sample_rate=FrontEnd.sample_rate, side=224, work
     if not index:
         raise ValueError(f"{summary}; reasons in {out / f'{split}_report.csv'}. Is {videos} the right folder?")
     write_whole(out / f"{split}.jsonl", lambda path: path.write_text("".join(index), encoding="utf-8"))
+    lock.close()
     print(f"{summary}\nindex {out / f'{split}.jsonl'}, reasons in {out / f'{split}_report.csv'}")
     return counts
 
@@ -858,13 +940,15 @@ def pack(folder, clips, sample_rate, workers=2):
     a pack of other files, which may be all that is left of them.
     """
     out, whole = Path(folder) / f"packed-{sample_rate}", os.path.abspath(folder)
+    lock = claim(out)
     names = sorted({os.path.relpath(clip.audio, folder).encode() for clip in clips})
     files = [os.path.normpath(os.path.join(whole, name.decode())) for name in names]
     stamps, starts, known = np.array([stamp(path) for path in files], np.int64), out / "starts.npy", out / "stamps.npy"
     if not known.exists():
         out.mkdir(parents=True, exist_ok=True)
         np.save(out / "paths.npy", np.array(names))
-        np.lib.format.open_memmap(starts, "w+", np.int64, (len(names) + 1,))[1:] = -1
+        new_array(starts, np.int64, (len(names) + 1,))
+        np.load(starts, mmap_mode="r+")[1:] = -1
         (out / "waves.i16").write_bytes(b"")
         np.save(out / "new.npy", stamps)                                             # (N, 2)
         os.replace(out / "new.npy", known)
@@ -891,6 +975,7 @@ def pack(folder, clips, sample_rate, workers=2):
         shutil.rmtree(out)
         raise ValueError(f"not one of {len(names)} sounds can be read")
     skipped = int((np.diff(starts) == 0).sum())
+    lock.close()
     return out, len(names) - skipped, skipped
 
 
@@ -1076,6 +1161,7 @@ def make_toy(folder, seed=0, splits=TOY_SPLITS, workers=2):
     without clips. val.jsonl, test.jsonl: each of the 144 things once, with 5 captions.
     """
     folder = Path(folder)
+    lock = claim(folder.parent)
     partial_folder = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial_folder, ignore_errors=True)
     for name in ("audio", "frames"):
@@ -1096,6 +1182,7 @@ def make_toy(folder, seed=0, splits=TOY_SPLITS, workers=2):
     write_toy_pools(partial_folder, rng)
     write_toy_vocabulary(partial_folder / "vocab.txt.gz")
     os.replace(partial_folder, folder)
+    lock.close()
 
 
 def write_toy_pools(folder, rng):
@@ -1141,6 +1228,38 @@ def write_toy_vocabulary(path):
 
 
 # ------------------------------------------------------------------------------------ commands
+
+def stop(*_):
+    raise KeyboardInterrupt
+
+
+def run(script):
+    """Run a script's main; a stop and what a user can mend end in one line instead of a traceback, under torchrun too."""
+    rank, name = int(os.environ.get("RANK", "0")), Path(sys.argv[0]).name
+    if "RANK" not in os.environ:  # torchrun has its own way to end its processes
+        signal.signal(signal.SIGTERM, stop)
+    try:
+        script()
+    except KeyboardInterrupt:
+        print(f"\n{name}: stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    except (OSError, ValueError, FloatingPointError, MemoryError, RuntimeError) as error:
+        if rank > 0 and isinstance(error, FileNotFoundError):
+            sys.exit(1)  # what is missing is missing for all: rank 0 says so
+        message = (str(error).strip() or type(error).__name__).splitlines()[-1]  # of a worker's, without its traceback
+        if isinstance(error, torch.OutOfMemoryError):
+            message = f"{str(error).splitlines()[0]} --micro-batch needs less memory for the same result"
+        elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            message += "; make room, then the same command goes on from here"
+        elif isinstance(error, RuntimeError):
+            if not (dist.is_initialized() or "DataLoader worker" in message):
+                raise
+            message = f"another process of this run ended ({message}); the same command goes on from here"
+        sys.exit(f"{name}{f' (rank {rank})' if rank else ''}: {message}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
@@ -1199,9 +1318,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        sys.exit(f"data.py: {str(error).strip().splitlines()[-1]}")  # of an error in a worker without its traceback
-    except KeyboardInterrupt:
-        sys.exit("data.py: stopped; the same command goes on from here")
+    run(main)

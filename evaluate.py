@@ -45,15 +45,15 @@ from data import (
     load_image,
     read_segments,
     read_split,
+    run,
+    write_whole,
     youtube_id,
 )
 from pretrain import (
     audio_encoder_of,
-    barrier,
     embed_all,
     load_checkpoint,
     ranks,
-    run,
     start_ranks,
     top1_hits,
     versions,
@@ -710,12 +710,22 @@ def windows(path, seconds):
     return [*np.arange(0, last, seconds / 2).tolist(), last]
 
 
+def remembered(place, dimensions):
+    """What `hear` has kept of a recording (W, 1 + D), None where there is nothing, or it is damaged."""
+    try:
+        content = torch.from_numpy(np.load(place))
+    except (OSError, ValueError, EOFError, SyntaxError, TypeError, OverflowError, MemoryError):
+        return None
+    fits = content.dtype == torch.float32 and content.ndim == 2 and content.shape[1] == 1 + dimensions
+    return content if fits and content.isfinite().all() else None
+
+
 def hear(model, paths, cache):
     """Recordings of any length -> [(path, starts of windows (W,), unit embeddings (W, D))], unreadable ones left out.
 
     Embeddings are kept in the folder `cache`, a file a recording, by its path, size and time and by the model.
     """
-    places, heard = {}, []
+    places = {}
     cache.mkdir(parents=True, exist_ok=True)
     for path in paths:
         try:
@@ -725,7 +735,8 @@ def hear(model, paths, cache):
             continue
         made_of = (os.path.realpath(path), stat.st_size, stat.st_mtime_ns, model.identity["weights"], model.front_end)
         places[path] = cache / (hashlib.sha256(repr(made_of).encode()).hexdigest()[:32] + ".npy")
-    todo, batch, fresh = [path for path in places if not places[path].exists()], [], {}
+    known = {path: remembered(place, model.dimensions) for path, place in places.items()}
+    todo, batch = [path for path in places if known[path] is None], []
     for path in todo:
         try:
             batch += [(path, start) for start in windows(path, model.front_end.seconds)]
@@ -737,17 +748,14 @@ def hear(model, paths, cache):
                 own = [i for i, (other, _) in enumerate(batch) if other == name]
                 rows = [i for i in own if ok[i]]
                 starts = torch.tensor([batch[i][1] for i in rows]).view(-1, 1)
-                fresh[name] = torch.cat([starts, embedded[rows]], 1).float()          # (W, 1 + D)
+                known[name] = torch.cat([starts, embedded[rows]], 1).float()          # (W, 1 + D)
                 if len(rows) == len(own) and ranks()[0] == 0:  # what could not be read is tried again next time
                     with open(f"{places[name]}.{os.getpid()}", "wb") as file:
-                        np.save(file, fresh.pop(name).numpy())
+                        np.save(file, known[name].numpy())
                     os.replace(file.name, places[name])
             batch, model.known = [], {}
-    barrier()
-    for path, place in places.items():
-        if path in fresh or place.exists():
-            content = fresh[path] if path in fresh else torch.from_numpy(np.load(place))
-            heard += [(path, content[:, 0].tolist(), content[:, 1:])] if len(content) else []
+    heard = [(path, content[:, 0].tolist(), content[:, 1:]) for path, content in known.items()
+             if content is not None and len(content)]
     if not heard:
         raise ValueError(f"nothing to listen to: not one of {len(paths)} files could be read")
     return heard
@@ -832,10 +840,8 @@ def measure(model, tasks, data, save):
 
 
 def save_json(path, content):
-    """Write JSON under a temporary name, then rename it."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    os.replace(part, path)
+    """Write JSON, whole or not at all."""
+    write_whole(path, lambda part: part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n"))
 
 
 def main():

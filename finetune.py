@@ -41,6 +41,7 @@ from data import (
     mask,
     read_index,
     read_split,
+    run,
     sound_loader,
 )
 from evaluate import average_precision, ranking, retrieval_metrics, save_json, table
@@ -58,7 +59,6 @@ from pretrain import (
     load_checkpoint,
     parse,
     ranks,
-    run,
     setting,
     start_ranks,
     train,
@@ -133,6 +133,11 @@ def starting_encoder(settings, clip):
         return encoder, settings.front_end, None
     checkpoint = load_checkpoint(settings.init, ["pretrain", "finetune"])
     encoder, front_end = audio_encoder_of(checkpoint)
+    for name, value in asdict(front_end).items():
+        flag = f"--{name.replace('_', '-')}"
+        if any(word.split("=")[0] == flag for word in sys.argv) and getattr(settings, name) != value:
+            raise ValueError(f"{flag} {getattr(settings, name)}: {settings.init} was trained with {value}, and hears "
+                             f"nothing else")
     return encoder, front_end, checkpoint["learner"]["log_scale"]
 
 
@@ -280,6 +285,9 @@ class HeadLearner(nn.Module):
             return F.binary_cross_entropy_with_logits(logits.float(), target)
         return F.cross_entropy(logits.float(), target)
 
+    def guessing(self, batch):
+        return math.inf if self.multi_label else math.log(self.head[1].out_features)
+
     def report(self):
         return {}
 
@@ -307,6 +315,7 @@ class LabelledSamples:
 
     def __init__(self, clips, labels, load, mixup):
         self.clips, self.load, self.mixup = clips, load, mixup
+        self.paths = [clip.audio for clip in clips]
         self.number, self.classes = {label: k for k, label in enumerate(labels)}, len(labels)
 
     def __len__(self):

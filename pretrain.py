@@ -49,14 +49,21 @@ from clip_load import (
 from data import (
     FrontEnd,
     Unreadable,
+    claim,
     dataset_folder,
     held_out_by_audiocaps,
+    is_array,
     load_image,
     make_toy,
     mask,
+    new_array,
     read_index,
     read_split,
+    run,
     sound_loader,
+    stamp,
+    worker_starts,
+    write_whole,
 )
 from model import CLIP, LARS, VisionTransformer, info_nce, parameter_groups, schedule
 
@@ -234,7 +241,7 @@ def embed(items, read, encode, out, state, device, workers, description=None, ba
     todo = np.arange(rank, len(state), size)  # a rank's share depends on no other rank's progress
     todo = todo[np.asarray(state)[todo] == 0]
     loader = DataLoader(Readable(items, read), batch, sampler=todo.tolist(), num_workers=workers,
-                        collate_fn=split_readable)
+                        collate_fn=split_readable, worker_init_fn=worker_starts)
     with tqdm(total=len(todo), desc=description, disable=rank > 0 or not len(todo) or not description, unit="") as bar:
         for rows, tensors, bad, reasons in loader:
             if rows:
@@ -275,8 +282,20 @@ class Bank:
         return self.rows[self.starts[clip]:self.starts[clip + 1]]
 
     def draw(self, clip, rng):
-        """One of a clip's embeddings -> (D,) float32."""
-        return torch.from_numpy(self.embeddings[rng.choice(self.of(clip))].astype(np.float32))
+        """One of a clip's embeddings -> (D,) float32. Raises ValueError where it is none."""
+        row = rng.choice(self.of(clip))
+        target = self.embeddings[row].astype(np.float32)
+        if not abs(target @ target - 1) < 0.01:
+            raise ValueError(f"{self.path}: row {row} is not a unit vector, so the file is damaged; delete its folder "
+                             f"to make it anew")
+        return torch.from_numpy(target)
+
+    def check(self):
+        """Raises ValueError where all targets are alike, so that there is nothing to learn from them."""
+        some = self.embeddings[self.rows[np.linspace(0, len(self.rows) - 1, 1000).astype(int)]].astype(np.float32)
+        if len(self.rows) and np.abs(some - some[0]).max() < 1e-3:
+            raise ValueError(f"{self.path}: its rows are all alike, so there is nothing to learn; do the frames, or the "
+                             f"captions, differ?")
 
 
 def stored(folder, made_of, items, read, encode, dimensions, device, workers=0):
@@ -288,20 +307,21 @@ def stored(folder, made_of, items, read, encode, dimensions, device, workers=0):
     folder = Path(folder)
     embeddings, state, note = folder / "embeddings.npy", folder / "state.npy", folder / "bank.json"
     if ranks()[0] == 0:
-        made_of = json.dumps(made_of)
-        if not note.exists() or note.read_text() != made_of:
-            folder.mkdir(parents=True, exist_ok=True)
+        lock, made_of, shape = claim(folder), json.dumps(made_of), (len(items), dimensions)
+        if not (note.exists() and note.read_bytes() == made_of.encode() and is_array(embeddings, np.float16, shape)
+                and is_array(state, np.uint8, shape[:1])):
             note.unlink(missing_ok=True)
-            np.lib.format.open_memmap(embeddings, "w+", np.float16, (len(items), dimensions))
-            np.lib.format.open_memmap(state, "w+", np.uint8, (len(items),))
-            note.with_suffix(".tmp").write_text(made_of)
-            os.replace(note.with_suffix(".tmp"), note)
+            new_array(embeddings, np.float16, shape)
+            new_array(state, np.uint8, shape[:1])
+            write_whole(note, lambda path: path.write_text(made_of))
         done = np.load(state, mmap_mode="r+")
-        done[done == 2] = 0  # what could not be read last time is tried again, and named again
+        done[done != 1] = 0  # what could not be read last time is tried again, and named again
     barrier()
     done = np.load(state, mmap_mode="r+")
     embed(items, read, encode, np.load(embeddings, mmap_mode="r+"), done, device, workers, f"bank {folder}")
     barrier()
+    if ranks()[0] == 0:
+        lock.close()
     assert np.all(done), "everything is embedded or unreadable by now"
     return embeddings, np.asarray(done) == 1
 
@@ -354,22 +374,30 @@ class AudioLearner(nn.Module):
 
     def __init__(self, audio_encoder, front_end):
         super().__init__()
-        self.audio_encoder, self.front_end = audio_encoder, front_end
+        self.audio_encoder, self.front_end, self.heard = audio_encoder, front_end, []
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def forward(self, batch):
         """Batch -> audio features (B, D), their targets (B, kinds, D)."""
         with torch.no_grad(), torch.autocast(batch["wave"].device.type, enabled=False):
-            x = mask(self.front_end(batch["wave"], batch["length"]), batch["draws"])         # (B, 1, T, F)
+            x = self.front_end(batch["wave"], batch["length"])                               # (B, 1, T, F)
+            self.heard = [x.mean(), x.std(), 1 - batch["length"].float().mean() / self.front_end.samples]
+            x = mask(x, batch["draws"])
         return self.audio_encoder(x), batch["target"]
 
     def loss(self, audio, targets):
         """The contrastive losses with each kind of target, summed: one in pre-training (Eq. 4), two in VAT (App. E)."""
+        self.kinds = targets.shape[1]
         return sum(info_nce(audio, target, self.log_scale) for target in targets.unbind(1))
 
+    def guessing(self, batch):
+        """The loss of who guesses in a batch of so many: an encoder that hears nothing."""
+        return self.kinds * 2 * math.log(batch)
+
     def report(self):
-        """Numbers for the log."""
-        return {"temperature": self.log_scale.neg().exp().item()}
+        """Numbers for the log; of the input, the last batch's."""
+        return {"temperature": self.log_scale.neg().exp().item()} | dict(
+            zip(("input_mean", "input_std", "padding"), torch.stack(self.heard).tolist() if self.heard else ()))
 
     def flops(self):
         """Of one sample's forward and backward pass (the backward costs two forwards)."""
@@ -385,6 +413,8 @@ class AudioSamples:
                                and all(len(bank.of(i)) for bank in banks)])
         self.paths = np.array([clips[i].audio.encode() for i in self.clips])  # one array: forked workers share it
         self.banks, self.load = banks, load
+        for bank in banks:
+            bank.check()
 
     def __len__(self):
         return len(self.clips)
@@ -398,6 +428,7 @@ class AudioSamples:
 
 class RandomSamples:
     """Synthetic clips of the front end's length with random targets: the step and its input without any file."""
+    paths = ()
 
     def __init__(self, front_end, dimensions, count=10 ** 7):
         self.samples, self.count = front_end.samples, count
@@ -427,6 +458,9 @@ class ClipLearner(nn.Module):
     def loss(self, images, texts):
         return info_nce(images, texts, self.clip.logit_scale)
 
+    def guessing(self, batch):
+        return 2 * math.log(batch)
+
     def report(self):
         return {"temperature": self.clip.logit_scale.neg().exp().item()}
 
@@ -436,6 +470,7 @@ class ClipLearner(nn.Module):
 
 class PairSamples:
     """Image-caption pairs, few enough to stay in memory: sample i is a picture and one of its captions."""
+    paths = ()
 
     def __init__(self, clips, tokenizer, image_size):
         self.images = torch.stack([load_image(clip.frames[0], image_size) for clip in clips])   # (N, 3, R, R)
@@ -481,15 +516,14 @@ def batches(count, batch, epochs, seed, start=0):
 # --------------------------------------------------------------------------------- checkpoints
 
 def save_checkpoint(path, content):
-    """Write a checkpoint under a temporary name, then rename it: `path` is always whole."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Write a checkpoint: `path` is always a whole one, even after a power cut."""
+    def save(part):
+        with open(part, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+
+    write_whole(path, save)
 
 
 def load_checkpoint(path, stages):
@@ -510,11 +544,14 @@ def load_checkpoint(path, stages):
 
 def audio_encoder_of(checkpoint):
     """Audio encoder, frozen, and front end out of a loaded checkpoint."""
-    encoder = VisionTransformer(**checkpoint["encoder"])
+    encoder, front_end = VisionTransformer(**checkpoint["encoder"]), FrontEnd(**checkpoint["front_end"])
+    if tuple(encoder.input_size) != (front_end.frames, front_end.mels):
+        raise ValueError(f"its front end gives {front_end.frames}×{front_end.mels} values, its encoder takes "
+                         f"{'×'.join(map(str, encoder.input_size))}: not a whole checkpoint")
     prefix = "audio_encoder."
     encoder.load_state_dict({key[len(prefix):]: value for key, value in checkpoint["learner"].items()
                              if key.startswith(prefix)})
-    return encoder.eval().requires_grad_(False), FrontEnd(**checkpoint["front_end"])
+    return encoder.eval().requires_grad_(False), front_end
 
 
 # ------------------------------------------------------------------------------------ the loop
@@ -533,12 +570,13 @@ class Log:
             return
         kept = [line for line in path.read_text().splitlines() if self.step_of(line) <= step] \
             if step and path.exists() else []
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(line + "\n" for line in [*kept, json.dumps(header | {"versions": versions()})]))
-        os.replace(temporary, path)
+        lines = [*kept, json.dumps(header | {"versions": versions()})]
+        write_whole(path, lambda part: part.write_text("".join(line + "\n" for line in lines)))
         print(f"{header['stage']}: {header['samples']} samples, {header['ranks']} rank(s) on {header['device']}, "
               f"{'from step ' + str(step) if step else 'from the start'}; log in {path}", flush=True)
+        if torch.cuda.is_available():
+            print("the seed fixes samples and masks; on a GPU the weights of two runs may still differ by rounding, for "
+                  "it adds in no fixed order", flush=True)
 
     @staticmethod
     def step_of(line):
@@ -575,6 +613,7 @@ def device_name(device):
     """Name of the GPU, or CPU and its threads."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
+
 def make_optimizer(learner, settings):
     """LARS or Adam over two groups, each with its peak learning rate."""
     scale = settings.batch / 256 if settings.optimizer == "lars" else 1.0
@@ -589,10 +628,11 @@ def digest_of(clips):
     return hashlib.sha256("\n".join(map(repr, clips)).encode()).hexdigest()[:16]
 
 
-def restore(path, learner, optimizer, settings, identity):
+def restore(path, learner, optimizer, settings, identity, paths, sizes):
     """Load a run's own checkpoint; returns (step, skipped clips of the epoch so far), (0, 0) if there is none.
 
-    Raises ValueError where it was made with other settings, samples or CLIP: going on would be another run.
+    paths, sizes: the samples' files and their bytes now, on rank 0. Raises ValueError where the checkpoint was made
+    with other settings, samples or CLIP, or where a file is another one: going on would be another run.
     """
     if not path.exists():
         return 0, 0
@@ -600,13 +640,19 @@ def restore(path, learner, optimizer, settings, identity):
     # the index's content, how many of its clips could be used, and the CLIP that made their targets
     def made_of(checkpoint):
         return {"index": checkpoint["data"], "samples": checkpoint["samples"],
-                "clip weights": checkpoint.get("clip", {}).get("fingerprint")}
+                "clip weights": checkpoint.get("clip", {}).get("fingerprint"),
+                "start": checkpoint.get("start", {}).get("weights")}
 
     then = saved["settings"] | made_of(saved)
     now = {f.name: getattr(settings, f.name) for f in fields(settings) if f.compare} | made_of(identity)
     changed = {name: (then.get(name), value) for name, value in now.items() if then.get(name) != value}
     if changed:
         raise ValueError(f"{path} was made otherwise (then, now): {changed}; choose another --out, or delete it")
+    differs = (sizes != saved["sizes"]) & (sizes > 0) & (saved["sizes"] > 0) if len(sizes) else sizes
+    if differs.any():  # what is gone is skipped and counted
+        first = os.fsdecode(paths[differs.nonzero()[0].item()])
+        raise ValueError(f"{first} is not the file it was when {path} was made, nor are {int(differs.sum()) - 1} others; "
+                         f"choose another --out, or delete it")
     learner.load_state_dict(saved["learner"])
     optimizer.load_state_dict(saved["optimizer"])
     return saved["step"], saved["skipped"]
@@ -637,11 +683,29 @@ def backward_in_slices(model, learner, batch, count, cast):
     return loss
 
 
+def doubts(loss, guessing, temperature=0.07, input_mean=0.0, input_std=1.0, padding=0.0):
+    """What an epoch's last numbers say of a run that would come to nothing -> list of str."""
+    found = []
+    if loss > 0.99 * guessing:
+        found.append(f"the loss, {loss:.3f}, is that of guessing, {guessing:.3f}. After the warm-up that means: lower "
+                     f"--lr-weights and --lr-biases")
+    if not 0.005 < temperature < 1:
+        found.append(f"the temperature, {temperature:.2g}, has left 0.005 to 1, where this loss learns; lower "
+                     f"--lr-biases")
+    if not (abs(input_mean) < 0.7 and 0.4 < input_std < 2):
+        found.append(f"the encoder's input has mean {input_mean:.2f} and std {input_std:.2f} instead of 0 and 1: python "
+                     f"data.py stats computes the --mean and --std of a dataset at a rate")
+    if padding > 0.9:
+        found.append(f"{100 * padding:.0f} % of what the encoder hears is padding; lower --frames")
+    return found
+
+
 def train(learner, samples, settings, identity, validate, device):
     """*The* training loop: leaves <out>/checkpoint.pt and log.jsonl, and goes on from them if they are there.
 
-    learner: forward(batch) -> features; loss(*features) -> (); report() -> numbers to log; flops() of a sample
-    samples: len(), read(i, rng) -> dict of tensors; raises Unreadable
+    learner: forward(batch) -> features; loss(*features) -> (); report() -> numbers to log; flops() of a sample;
+             guessing(batch) -> the loss of who guesses
+    samples: len(), paths of their files, read(i, rng) -> dict of tensors; raises Unreadable
     identity: what the checkpoint says of itself, "stage" included
     validate: (learner) -> dict of numbers, called on every rank after each epoch; None: a timing, nothing is kept
     """
@@ -653,10 +717,12 @@ def train(learner, samples, settings, identity, validate, device):
         raise ValueError(f"{len(samples)} samples do not fill one batch of {settings.batch}; lower --batch")
     steps = settings.epochs * steps_per_epoch
     last = min(steps, settings.steps or steps)
+    lock = claim(out) if rank == 0 else None
     learner.to(device).train()
     optimizer = make_optimizer(learner, settings)
     identity |= {"samples": len(samples)}
-    start, skipped = restore(checkpoint_path, learner, optimizer, settings, identity)
+    sizes = torch.tensor([stamp(path)[0] for path in samples.paths] if rank == 0 else [], dtype=torch.int64)
+    start, skipped = restore(checkpoint_path, learner, optimizer, settings, identity, samples.paths, sizes)
     log = Log(out / "log.jsonl", start, identity | {"command": sys.argv, "settings": asdict(settings), "ranks": size,
                                                     "device": device_name(device)})
     if settings.compile == "yes" or (settings.compile == "auto" and device.type == "cuda"):
@@ -667,7 +733,7 @@ def train(learner, samples, settings, identity, validate, device):
     rate = matmul_rate(device, cast)
     loader = DataLoader(Draws(samples, settings.seed), num_workers=settings.workers,
                         batch_sampler=batches(len(samples), settings.batch, settings.epochs, settings.seed, start),
-                        pin_memory=device.type == "cuda", prefetch_factor=4 if settings.workers else None)
+                        worker_init_fn=worker_starts, pin_memory=device.type == "cuda", prefetch_factor=4 if settings.workers else None)
     total, missed, since, waited, clock = torch.zeros((), device=device), 0, 0, 0.0, time.perf_counter()
     source = iter(loader)
     for step in range(start, last):
@@ -709,23 +775,27 @@ def train(learner, samples, settings, identity, validate, device):
             if skipped > 0.01 * len(samples):
                 raise ValueError(f"{skipped} clips of this epoch could not be read, over 1 % of {len(samples)}; "
                                  f"mend or remove the files named above")
-            speed = since * settings.batch / seconds
-            log.training(step + 1, epoch=(step + 1) / steps_per_epoch, loss=mean_loss, **learner.report(),
+            speed, report = since * settings.batch / seconds, learner.report()
+            log.training(step + 1, epoch=(step + 1) / steps_per_epoch, loss=mean_loss, **report,
                          lr_weights=optimizer.param_groups[0]["lr"], lr_biases=optimizer.param_groups[1]["lr"],
                          clips_per_second=speed, waiting=waited / seconds, mfu=speed * learner.flops() / rate / size,
                          skipped=skipped, eta=seconds / since * (last - step - 1))
             total, missed, since, waited, clock = torch.zeros((), device=device), 0, 0, 0.0, time.perf_counter()
         if epoch_ends and validate:
+            for doubt in doubts(mean_loss, learner.guessing(settings.batch), **report):
+                log.write(f"  warning: {doubt}", step=step + 1, warning=doubt)
             skipped = 0
             log.validation(step + 1, (step + 1) // steps_per_epoch, **validate(learner.eval()))
             learner.train()
         if rank == 0 and saves:  # after the loss was seen to be finite
             save_checkpoint(checkpoint_path, identity | {
-                "settings": asdict(settings), "versions": versions(), "step": step + 1, "steps": steps,
+                "settings": asdict(settings), "versions": versions(), "step": step + 1, "steps": steps, "sizes": sizes,
                 "skipped": skipped, "learner": learner.state_dict(), "optimizer": optimizer.state_dict()})
         if saves:
             clock = time.perf_counter()
     barrier()
+    if rank == 0:
+        lock.close()
 
 
 # ------------------------------------------------------------------------------------- stage 1
@@ -860,21 +930,6 @@ def main():
         alone = {name: value for name, value in os.environ.items() if name != "RANK"}  # not a rank of this run
         done = subprocess.run([sys.executable, Path(__file__).with_name("evaluate.py"), *flags], check=False, env=alone)
         sys.exit(done.returncode)
-
-
-def run(script):
-    """Run a stage's main; what a user can mend ends in one line instead of a traceback, under torchrun too."""
-    rank = int(os.environ.get("RANK", "0"))
-    try:
-        script()
-    except (OSError, ValueError, FloatingPointError) as error:
-        if rank > 0 and isinstance(error, FileNotFoundError):
-            sys.exit(1)  # what is missing is missing for all: rank 0 says so
-        message = str(error).strip().splitlines()[-1]  # of an error in a worker process, without its traceback
-        sys.exit(f"{Path(sys.argv[0]).name}{f' (rank {rank})' if rank else ''}: {message}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

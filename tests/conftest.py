@@ -73,6 +73,14 @@ def pretrain_flags(world, small_clip, tmp_path):
             "--precision": "fp32", "--workers": 1, "--log-every": 2, "--save-every": 3}
 
 
+def linked(world, folder):
+    """A folder of its own that finds the world's sounds and frames under the same names."""
+    folder.mkdir()
+    for name in ("audio", "frames"):
+        (folder / name).symlink_to(world / name)
+    return folder
+
+
 def flat(flags):
     """{"--a": 1} -> ["--a", 1]."""
     return [part for item in flags.items() for part in item]
