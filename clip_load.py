@@ -71,7 +71,7 @@ class Tokenizer:
         self.context_length = context_length
         try:
             with gzip.open(vocab_path, "rt", encoding="utf-8") as file:
-                lines = file.read().split("\n")[1:1 + VOCABULARY_MERGES]  # the first line is a version
+                lines = file.read(2 ** 26).split("\n")[1:1 + VOCABULARY_MERGES]  # the first line is a version
         except FileNotFoundError:
             raise FileNotFoundError(f"{vocab_path}: no such file. CLIP's vocabulary: python clip_load.py") from None
         except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
@@ -284,7 +284,7 @@ def read_archive(path):
             return ArchiveReader(archive, entry[:-len("data.pkl")]).load()
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
-    except BROKEN as error:
+    except (*BROKEN, OSError) as error:  # OSError: an offset before the file's beginning
         raise ValueError(f"{path}: not a readable PyTorch weights file ({type(error).__name__}: {error})") from None
 
 

@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
@@ -48,6 +47,7 @@ from data import (
     run,
     write_whole,
 )
+from evaluate import blank_figure
 from pretrain import (
     TOY,
     barrier,
@@ -309,7 +309,7 @@ def write_index(path, clips, captions):
 def preview(path, clips, found, count):
     """A contact sheet: `count` clips spread over the set, a frame each, with the captions that they got."""
     chosen = np.linspace(0, len(clips) - 1, min(count, len(clips))).round().astype(int).tolist()
-    figure = Figure(figsize=(9, 1.8 * len(chosen)), layout="constrained")
+    figure = blank_figure(9, 1.8 * len(chosen))
     for axes, i in zip(figure.subplots(len(chosen), 1, squeeze=False)[:, 0], chosen):
         texts, scores = found(i)
         if clips[i].frames:
@@ -398,6 +398,15 @@ def clean(text):
     return [line for line in lines if 3 <= len(line.split()) <= 40 and not re.search(r"https?:|[<>{}\[\]|#]", line)]
 
 
+def read_note(path):
+    """What `generate` keeps beside its captions: its settings, batches and bytes so far. Raises ValueError."""
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        return {"made_of": dict(state["made_of"]), "batches": int(state["batches"]), "bytes": int(state["bytes"])}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged ({error}); delete it and the captions beside it") from None
+
+
 def generate(settings, device):
     """Append captions to settings.out until there are enough; goes on where it was cut short, with the same captions.
 
@@ -415,7 +424,7 @@ def generate(settings, device):
                read_coco_captions(dataset_folder(settings.data), "train"))
     made_of = {name: getattr(settings, name) for name in ("model", "shots", "batch", "tokens", "top_p", "temperature",
                                                           "seed")} | {"primers": len(primers)}
-    state = json.loads(note.read_text()) if note.exists() else {"made_of": made_of, "batches": 0, "bytes": 0}
+    state = read_note(note) if note.exists() else {"made_of": made_of, "batches": 0, "bytes": 0}
     if state["made_of"] != made_of or (out.exists() and not note.exists()):
         raise ValueError(f"{out} was made otherwise; choose another --out, or delete it and {note}")
     lock = claim(out.parent)

@@ -12,6 +12,7 @@ import csv
 import errno
 import fcntl
 import gzip
+import hashlib
 import itertools
 import json
 import math
@@ -28,6 +29,7 @@ from datetime import datetime
 from fractions import Fraction
 from functools import lru_cache, partial
 from pathlib import Path
+from tokenize import TokenError
 
 import av
 import numpy as np
@@ -76,16 +78,22 @@ def new_array(path, dtype, shape):
     except OSError as error:
         Path(path).unlink(missing_ok=True)
         need = math.prod(shape) * np.dtype(dtype).itemsize / 1e9
-        raise OSError(f"{path}: can't be written ({error.strerror}); it needs {need:.2g} GB") from None
+        raise OSError(f"{path}: can't be written ({error.strerror}; it needs {need:.2g} GB); the same command goes "
+                      f"on from here") from None
+
+
+def open_array(path):
+    """The array in a file, not read into memory; None where there is none, for a flipped bit can do anything."""
+    try:
+        return np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError, SyntaxError, TypeError, OverflowError, MemoryError, TokenError):
+        return None
 
 
 def is_array(path, dtype, shape):
-    """Whether a file is such an array; what a flipped bit made of one may be anything."""
-    try:
-        array = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError, SyntaxError, TypeError, OverflowError, MemoryError):
-        return False
-    return array.dtype == dtype and array.shape == shape
+    """Whether there is such an array."""
+    array = open_array(path)
+    return array is not None and array.dtype == dtype and array.shape == shape
 
 
 def claim(folder):
@@ -956,6 +964,7 @@ def pack(folder, clips, sample_rate, workers=2):
         raise ValueError(f"{out} was made of other files, or some have changed; delete it to make it anew")
     starts = np.load(starts, mmap_mode="r+")
     written = (out / "waves.i16").stat().st_size
+    (out / "digest").unlink(missing_ok=True)
     done = int(((starts >= 0) & (2 * starts <= written)).sum()) - 1
     starts[done + 1:] = -1
     with (open(out / "waves.i16", "rb+") as file,
@@ -974,9 +983,16 @@ def pack(folder, clips, sample_rate, workers=2):
     if starts[-1] == 0:
         shutil.rmtree(out)
         raise ValueError(f"not one of {len(names)} sounds can be read")
+    starts.flush()
+    write_whole(out / "digest", lambda path: path.write_text(digest_of_tables(out)))
     skipped = int((np.diff(starts) == 0).sum())
     lock.close()
     return out, len(names) - skipped, skipped
+
+
+def digest_of_tables(out):
+    """Of what says where a pack's sounds lie, which must be right to the last bit."""
+    return hashlib.sha256(b"".join((out / f"{name}.npy").read_bytes() for name in ("paths", "starts", "stamps"))).hexdigest()
 
 
 def sound_loader(folder, front_end):
@@ -987,8 +1003,12 @@ def sound_loader(folder, front_end):
     out = Path(folder) / f"packed-{front_end.sample_rate}"
     if not (out / "stamps.npy").exists():
         return front_end.load
-    end = np.load(out / "starts.npy", mmap_mode="r")[-1]
-    if end <= 0 or (out / "waves.i16").stat().st_size != 2 * end:
+    try:
+        whole = (out / "digest").read_bytes() == digest_of_tables(out).encode()
+        whole = whole and (out / "waves.i16").stat().st_size == 2 * np.load(out / "starts.npy", mmap_mode="r")[-1]
+    except OSError:
+        whole = False
+    if not whole:
         raise ValueError(f"{out} is not whole: run python data.py pack again, or delete it")
     pack, whole = Pack(out, front_end), os.path.abspath(folder)
     if os.environ.get("RANK", "0") == "0":

@@ -29,7 +29,6 @@ import numpy as np
 import soundfile
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from clip_load import Tokenizer, fingerprint, lengthen, load_clip
@@ -43,6 +42,7 @@ from data import (
     dataset_folder,
     find_files,
     load_image,
+    open_array,
     read_segments,
     read_split,
     run,
@@ -185,8 +185,8 @@ class Model:
     def __init__(self, path, clip=None, vocab=None, device="cpu", workers=2):
         checkpoint = load_checkpoint(path, STAGES)
         self.path, self.stage, self.device, self.workers = str(path), checkpoint["stage"], device, workers
+        self.encoder, self.front_end = audio_encoder_of(checkpoint, path)
         try:
-            self.encoder, self.front_end = audio_encoder_of(checkpoint)
             made_with, settings, scale = checkpoint["clip"], checkpoint["settings"], checkpoint["learner"]["log_scale"]
         except (KeyError, TypeError, RuntimeError) as error:
             raise ValueError(f"{path}: not a whole checkpoint ({type(error).__name__}: {error})") from None
@@ -582,6 +582,13 @@ def compare(runs):
             print(f"  pivotable with {name}, not with {runs[0][0]}: {', '.join(sorted(categories - found[0]))}")
 
 
+def blank_figure(width, height):
+    """A matplotlib figure, in inches; imported here, for it takes half a second that most commands need not wait."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 def by_class(runs, place, chart_only):
     """Per-class numbers (with the prompt) as a table, and as a bar chart <place><part>_classes.png (Fig. 6, 12)."""
     for part in {part: None for *_, results in runs for part, result in results.items() if "by class" in result}:
@@ -594,7 +601,7 @@ def by_class(runs, place, chart_only):
                   + ("" if few is labels else f": the best and worst 10 of {len(labels)}"))
             table(["%", *scores], [[label, *(f"{score.get(label, math.nan):.1f}" for score in scores.values())]
                                    for label in few])
-        figure = Figure(figsize=(max(5, 0.28 * len(few) * max(1, len(scores) / 2)), 4), layout="constrained")
+        figure = blank_figure(max(5, 0.28 * len(few) * max(1, len(scores) / 2)), 4)
         axes = figure.subplots()
         for i, (name, score) in enumerate(scores.items()):
             axes.bar(np.arange(len(few)) + 0.8 * i / len(scores), [score.get(label, 0) for label in few],
@@ -643,7 +650,7 @@ def scaling(measured, metric, target, out):
     table(["pairs", metric], [[str(count), f"{measured[count]:.1f}"] for count in pairs])
     print(f"  {metric} = {intercept:.1f} + {slope:.2f} · log2(pairs); it reaches {target:g} % at 2^{at:.1f} pairs, "
           f"95 % interval 2^{low:.1f} to 2^{high:.1f}, if it stays a line (paper, ESC-50: 81 % at 2^21)")
-    figure = Figure(figsize=(5, 4), layout="constrained")
+    figure = blank_figure(5, 4)
     axes = figure.subplots()
     ends = np.array([min(x), min(max(at, max(x)), max(x) + 12)])
     axes.plot(2 ** ends, intercept + slope * ends, "--", color="grey")
@@ -671,22 +678,32 @@ def task_scaling(models, folder, paths, target, out):
                    out / "scaling.png")
 
 
+def epochs_of(log):
+    """A run's validations -> name of the metric, [(epoch, %), …]; damaged lines are left out. Raises ValueError."""
+    name, measured = "", []
+    for line in log.read_text(errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+            name = next((key for key in row if key.endswith("@1")), name)
+            measured += [(float(row["epoch"]), float(row[name]))] if name in row else []
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue
+    if not measured:
+        raise ValueError(f"{log}: no validation in it")
+    return name, measured
+
+
 def curve(paths, out):
     """Image-audio retrieval by epoch, from the logs beside the checkpoints (Fig. 5)."""
-    figure = Figure(figsize=(5, 4), layout="constrained")
+    figure = blank_figure(5, 4)
     axes = figure.subplots()
     for path in paths:
         log = path.with_name("log.jsonl")
         if not log.exists():
             raise FileNotFoundError(f"{log}: no log beside the checkpoint; pretrain.py and finetune.py leave one")
-        lines = [json.loads(line) for line in log.read_text().splitlines()]
-        measured = [(line["epoch"], *(value for key, value in line.items() if key.endswith("@1"))) for line in lines
-                    if any(key.endswith("@1") for key in line)]
-        if not measured:
-            raise ValueError(f"{log}: no validation in it")
-        name = next(key for line in lines for key in line if key.endswith("@1"))
-        axes.plot(*zip(*(row[:2] for row in measured)), marker="o", label=path.parent.name)
-        print(f"{path.parent.name}: {name} by epoch: {' '.join(f'{row[1]:.1f}' for row in measured)}")
+        name, measured = epochs_of(log)
+        axes.plot(*zip(*measured), marker="o", label=path.parent.name)
+        print(f"{path.parent.name}: {name} by epoch: {' '.join(f'{value:.1f}' for _, value in measured)}")
     axes.set(xlabel="epoch", ylabel=f"{name} (%)")
     axes.legend(fontsize="small")
     figure.savefig(out, dpi=150)
@@ -712,12 +729,12 @@ def windows(path, seconds):
 
 def remembered(place, dimensions):
     """What `hear` has kept of a recording (W, 1 + D), None where there is nothing, or it is damaged."""
-    try:
-        content = torch.from_numpy(np.load(place))
-    except (OSError, ValueError, EOFError, SyntaxError, TypeError, OverflowError, MemoryError):
+    content = open_array(place)
+    fits = content is not None and content.dtype == np.float32 and content.ndim == 2
+    if not fits or content.shape[1] != 1 + dimensions or not np.isfinite(content).all():
         return None
-    fits = content.dtype == torch.float32 and content.ndim == 2 and content.shape[1] == 1 + dimensions
-    return content if fits and content.isfinite().all() else None
+    lengths = np.linalg.norm(content[:, 1:], axis=1)
+    return torch.from_numpy(content.copy()) if (abs(lengths - 1) < 1e-3).all() else None
 
 
 def hear(model, paths, cache):

@@ -132,7 +132,7 @@ def starting_encoder(settings, clip):
                                     layers=settings.layers, heads=settings.width // 64, output_dim=512)
         return encoder, settings.front_end, None
     checkpoint = load_checkpoint(settings.init, ["pretrain", "finetune"])
-    encoder, front_end = audio_encoder_of(checkpoint)
+    encoder, front_end = audio_encoder_of(checkpoint, settings.init)
     for name, value in asdict(front_end).items():
         flag = f"--{name.replace('_', '-')}"
         if any(word.split("=")[0] == flag for word in sys.argv) and getattr(settings, name) != value:

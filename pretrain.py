@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 import time
+import zipfile
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
@@ -529,10 +530,13 @@ def save_checkpoint(path, content):
 def load_checkpoint(path, stages):
     """A checkpoint of one of `stages` as a dict of tensors and plain values. Raises FileNotFoundError, ValueError."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():  # PyTorch does not compare checksums
+                raise ValueError("a checksum is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such checkpoint. Make it with pretrain.py, or name one") from None
-    except BROKEN as error:
+    except (*BROKEN, OSError) as error:
         why = str(error).splitlines()[0] if str(error) else ""
         raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__}: {why})") from None
     stage = checkpoint.get("stage") if isinstance(checkpoint, dict) else None
@@ -542,12 +546,20 @@ def load_checkpoint(path, stages):
     return checkpoint
 
 
-def audio_encoder_of(checkpoint):
-    """Audio encoder, frozen, and front end out of a loaded checkpoint."""
+def audio_encoder_of(checkpoint, path):
+    """Audio encoder, frozen, and front end out of a loaded checkpoint. Raises ValueError."""
+    try:
+        return whole_audio_encoder(checkpoint)
+    except (KeyError, TypeError, AttributeError, RuntimeError, ArithmeticError, ValueError) as error:
+        raise ValueError(f"{path}: not a whole checkpoint ({type(error).__name__}: {error})") from None
+
+
+def whole_audio_encoder(checkpoint):
+    """The same. Raises anything."""
     encoder, front_end = VisionTransformer(**checkpoint["encoder"]), FrontEnd(**checkpoint["front_end"])
     if tuple(encoder.input_size) != (front_end.frames, front_end.mels):
         raise ValueError(f"its front end gives {front_end.frames}×{front_end.mels} values, its encoder takes "
-                         f"{'×'.join(map(str, encoder.input_size))}: not a whole checkpoint")
+                         f"{'×'.join(map(str, encoder.input_size))}")
     prefix = "audio_encoder."
     encoder.load_state_dict({key[len(prefix):]: value for key, value in checkpoint["learner"].items()
                              if key.startswith(prefix)})

@@ -1,9 +1,14 @@
 """What the tests share: a small world in the real formats, a small CLIP with OpenAI's keys, real processes."""
 import os
+import resource
 import subprocess
 import sys
+from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 import torch
 
@@ -49,14 +54,16 @@ def small_clip(world, tmp_path_factory):
 @pytest.fixture(scope="session")
 def run():
     """Run a script of the project as a user would; returns the finished process with its output as text."""
-    def run(*command, ranks=1, check=True, start=False, env=None):
+    def run(*command, ranks=1, check=True, start=False, env=None, largest_file=None):
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
         script, *flags = map(str, command)
         command = [sys.executable, *launcher, str(ROOT / script), *flags]
         options = {"env": os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | (env or {}), "text": True,
                    "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        if largest_file:  # bytes, after which the disk counts as full
+            options["preexec_fn"] = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (largest_file, largest_file))
         if start:
-            return subprocess.Popen(command, **options | {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL})
+            return subprocess.Popen(command, **options | {"stdout": subprocess.DEVNULL})
         done = subprocess.run(command, **options, timeout=300, check=False)
         if check:
             assert done.returncode == 0, done.stdout + done.stderr
@@ -73,12 +80,75 @@ def pretrain_flags(world, small_clip, tmp_path):
             "--precision": "fp32", "--workers": 1, "--log-every": 2, "--save-every": 3}
 
 
+def pytest_terminal_summary(terminalreporter):
+    """What the tests of faults and damaged files have tried, as a table."""
+    rows = [value for reports in terminalreporter.stats.values() for report in reports
+            if getattr(report, "when", "") == "call" for name, value in report.user_properties if name == "tried"]
+    if rows:
+        terminalreporter.section("what was tried")
+        width = max(len(row[0]) for row in rows)
+        for what, count, how in rows:
+            terminalreporter.line(f"{what.ljust(width)}  {count:5d}  {how}")
+        terminalreporter.line(f"{'all'.ljust(width)}  {sum(row[1] for row in rows):5d}")
+
+
 def linked(world, folder):
     """A folder of its own that finds the world's sounds and frames under the same names."""
     folder.mkdir()
     for name in ("audio", "frames"):
         (folder / name).symlink_to(world / name)
     return folder
+
+
+def torchscript_archive(clip, path, size=64):
+    """Save what OpenAI's file is: a traced CLIP in fp16 with three extra entries in its state dict."""
+    clip.forward = lambda image, text: (clip.encode_image(image), clip.encode_text(text))
+    for name, value in (("input_resolution", 64), ("context_length", 16), ("vocab_size", 600)):
+        vars(clip).pop(name, None)
+        clip.register_buffer(name, torch.tensor(value))
+    traced = torch.jit.trace(clip.eval(), (torch.randn(2, 3, size, size), torch.randint(600, (2, 16))), check_trace=False)
+    traced.half().save(path)
+
+
+FPS, RATE = 10, 44_100  # of the videos
+
+
+def make_video(path, seconds=14, pictures=True, sound=True, codec="aac", seed=0, rate=RATE):
+    """An MP4 whose pictures show their own number in ten black or white bars, and whose sound is noise, returned."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(seed).uniform(-0.5, 0.5, seconds * rate).astype(np.float32)
+    with av.open(str(path), "w", options={"movflags": "faststart"} if path.suffix == ".mp4" else {}) as container:
+        if pictures:
+            video = container.add_stream("mpeg4", rate=FPS)
+            video.width, video.height, video.gop_size, video.bit_rate = 160, 96, 25, 2_000_000
+        if sound:
+            audio = container.add_stream(codec, rate=rate)
+            audio.layout = "mono"
+        for number in range(seconds * FPS if pictures else 0):
+            bars = [255 * (number >> bit & 1) for bit in range(10)]
+            image = np.repeat(np.array(bars, np.uint8), 16)[None, :, None] * np.ones((96, 1, 3), np.uint8)
+            container.mux(video.encode(av.VideoFrame.from_ndarray(image, "rgb24")))
+        for start in range(0, len(noise) if sound else 0, 1024):
+            frame = av.AudioFrame.from_ndarray(noise[None, start:start + 1024], "fltp", "mono")
+            frame.sample_rate, frame.pts, frame.time_base = rate, start, Fraction(1, rate)
+            container.mux(audio.encode(frame))
+        for stream in container.streams:
+            container.mux(stream.encode())
+    return noise
+
+
+def tiny_language_model(folder):
+    """A GPT-2 with random weights that knows fourteen words."""
+    import tokenizers
+    import transformers
+    words = ["<unk>", "<end>", "-", "\n", "a", "dog", "cat", "runs", "sleeps", "on", "the", "beach", "red", "two"]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"\n|[^ \n]+"), "removed", invert=True)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>",
+                                         eos_token="<end>").save_pretrained(folder)
+    torch.manual_seed(0)
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=14, n_positions=128, n_embd=16, n_layer=1, n_head=2,
+                                                         bos_token_id=1, eos_token_id=1)).save_pretrained(folder)
 
 
 def flat(flags):

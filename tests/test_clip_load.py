@@ -12,6 +12,7 @@ import types
 
 import pytest
 import torch
+from conftest import torchscript_archive
 
 import clip_load
 import evaluate
@@ -139,16 +140,6 @@ def test_cached_weights_that_fail_their_hash_are_refused(tmp_path, monkeypatch):
 def test_without_a_network_the_command_says_what_to_do(run, tmp_path):
     done = run("clip_load.py", check=False, env={"HOME": str(tmp_path), "https_proxy": "http://127.0.0.1:9"})
     assert done.returncode == 1 and "run the same command again" in done.stderr and "Traceback" not in done.stderr
-
-
-def torchscript_archive(clip, path):
-    """Save what OpenAI's file is: a traced CLIP in fp16 with three extra entries in its state dict."""
-    clip.forward = lambda image, text: (clip.encode_image(image), clip.encode_text(text))
-    for name, value in (("input_resolution", 64), ("context_length", 16), ("vocab_size", 600)):
-        vars(clip).pop(name, None)
-        clip.register_buffer(name, torch.tensor(value))
-    traced = torch.jit.trace(clip.eval(), (torch.randn(2, 3, 64, 64), torch.randint(600, (2, 16))), check_trace=False)
-    traced.half().save(path)
 
 
 @pytest.mark.filterwarnings("ignore")

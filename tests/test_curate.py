@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, flat
+from conftest import ROOT, flat, tiny_language_model
 from PIL import Image
 
 import curate
@@ -214,16 +214,7 @@ def test_what_a_model_wrote_is_cleaned_by_hand():
 
 def test_generation_goes_on_where_it_was_cut_short(tmp_path):
     """A tiny GPT-2 with random weights babbles; a run cut in two gives the same captions as one in a piece."""
-    transformers = pytest.importorskip("transformers", reason="only curate.py generate needs transformers")
-    tokenizers = pytest.importorskip("tokenizers")
-    words = ["<unk>", "<end>", "-", "\n", "a", "dog", "cat", "runs", "sleeps", "on", "the", "beach", "red", "two"]
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"\n|[^ \n]+"), "removed", invert=True)
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>",
-                                         eos_token="<end>").save_pretrained(tmp_path / "model")
-    torch.manual_seed(0)
-    transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=14, n_positions=128, n_embd=16, n_layer=1, n_head=2,
-                                                         bos_token_id=1, eos_token_id=1)).save_pretrained(tmp_path / "model")
+    tiny_language_model(tmp_path / "model")
     (tmp_path / "primers.txt").write_text("a dog runs\ntwo cats sleep\n")
     whole = Generation(model=str(tmp_path / "model"), out=str(tmp_path / "whole.txt"), count=60, shots=2, batch=4,
                        data=str(tmp_path / "primers.txt"), tokens=24)

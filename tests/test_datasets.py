@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import ROOT
+from conftest import FPS, RATE, ROOT, make_video
 from PIL import Image
 
 from data import (
@@ -197,31 +197,6 @@ def test_clips_that_audiocaps_tests_with_are_left_out_of_training(tmp_path, audi
 
 # ---------------------------------------------------------------------------------- extraction
 
-FPS, RATE = 10, 44_100
-
-
-def make_video(path, seconds=14, pictures=True, sound=True, codec="aac", seed=0):
-    """An MP4 whose pictures show their own number in ten black or white bars, and whose sound is noise, returned."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    noise = np.random.default_rng(seed).uniform(-0.5, 0.5, seconds * RATE).astype(np.float32)
-    with av.open(str(path), "w", options={"movflags": "faststart"} if path.suffix == ".mp4" else {}) as container:
-        if pictures:
-            video = container.add_stream("mpeg4", rate=FPS)
-            video.width, video.height, video.gop_size, video.bit_rate = 160, 96, 25, 2_000_000
-        if sound:
-            audio = container.add_stream(codec, rate=RATE)
-            audio.layout = "mono"
-        for number in range(seconds * FPS if pictures else 0):
-            bars = [255 * (number >> bit & 1) for bit in range(10)]
-            image = np.repeat(np.array(bars, np.uint8), 16)[None, :, None] * np.ones((96, 1, 3), np.uint8)
-            container.mux(video.encode(av.VideoFrame.from_ndarray(image, "rgb24")))
-        for start in range(0, len(noise) if sound else 0, 1024):
-            frame = av.AudioFrame.from_ndarray(noise[None, start:start + 1024], "fltp", "mono")
-            frame.sample_rate, frame.pts, frame.time_base = RATE, start, Fraction(1, RATE)
-            container.mux(audio.encode(frame))
-        for stream in container.streams:
-            container.mux(stream.encode())
-    return noise
 
 
 def number_of(image):
