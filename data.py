@@ -1272,7 +1272,7 @@ def run(script):
         elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             message += "; make room, then the same command goes on from here"
         elif isinstance(error, RuntimeError):
-            if not (dist.is_initialized() or "DataLoader worker" in message):
+            if not any(word in str(error) for word in ("gloo", "NCCL", "DataLoader worker")):
                 raise
             message = f"another process of this run ended ({message}); the same command goes on from here"
         sys.exit(f"{name}{f' (rank {rank})' if rank else ''}: {message}")

@@ -38,7 +38,6 @@ from data import (
     class_names,
     dataset_folder,
     floating,
-    mask,
     read_index,
     read_split,
     run,
@@ -57,6 +56,7 @@ from pretrain import (
     embed_all,
     frame_bank,
     load_checkpoint,
+    masked_input,
     parse,
     ranks,
     setting,
@@ -275,9 +275,7 @@ class HeadLearner(nn.Module):
         return self.head(self.audio_encoder(self.front_end(wave, length)))
 
     def forward(self, batch):
-        with torch.no_grad(), torch.autocast(batch["wave"].device.type, enabled=False):
-            x = mask(self.front_end(batch["wave"], batch["length"]), batch["draws"])          # (B, 1, T, F)
-        return self.head(self.audio_encoder(x)), batch["target"]                              # 2 × (B, K)
+        return self.head(self.audio_encoder(masked_input(self, batch))), batch["target"]      # 2 × (B, K)
 
     def loss(self, logits, target):
         """Eq. 6, or Eq. 7 for clips with several labels (averaged over the labels); targets may be mixtures."""
@@ -289,7 +287,7 @@ class HeadLearner(nn.Module):
         return math.inf if self.multi_label else math.log(self.head[1].out_features)
 
     def report(self):
-        return {}
+        return {k: v.item() for k, v in self.heard.items()}
 
     def flops(self):
         """Of one sample's forward pass and of the backward pass through the blocks that learn."""

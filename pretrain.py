@@ -370,21 +370,26 @@ def caption_bank(folder, clips, captions, clip, tokenizer, device):
 
 # ------------------------------------------------------------------------- learners and samples
 
+def masked_input(learner, batch):
+    """A batch's filterbanks, normalised and masked (B, 1, T, F); learner.heard keeps mean, std, share of padding."""
+    with torch.no_grad(), torch.autocast(batch["wave"].device.type, enabled=False):
+        x = learner.front_end(batch["wave"], batch["length"])                                # (B, 1, T, F)
+        padding = 1 - batch["length"].float().mean() / learner.front_end.samples
+        learner.heard = {"input_mean": x.mean(), "input_std": x.std(), "padding": padding}
+        return mask(x, batch["draws"])
+
+
 class AudioLearner(nn.Module):
     """The trained part: audio encoder and temperature. Batches come from AudioSamples."""
 
     def __init__(self, audio_encoder, front_end):
         super().__init__()
-        self.audio_encoder, self.front_end, self.heard = audio_encoder, front_end, []
+        self.audio_encoder, self.front_end = audio_encoder, front_end
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def forward(self, batch):
         """Batch -> audio features (B, D), their targets (B, kinds, D)."""
-        with torch.no_grad(), torch.autocast(batch["wave"].device.type, enabled=False):
-            x = self.front_end(batch["wave"], batch["length"])                               # (B, 1, T, F)
-            self.heard = [x.mean(), x.std(), 1 - batch["length"].float().mean() / self.front_end.samples]
-            x = mask(x, batch["draws"])
-        return self.audio_encoder(x), batch["target"]
+        return self.audio_encoder(masked_input(self, batch)), batch["target"]
 
     def loss(self, audio, targets):
         """The contrastive losses with each kind of target, summed: one in pre-training (Eq. 4), two in VAT (App. E)."""
@@ -397,8 +402,7 @@ class AudioLearner(nn.Module):
 
     def report(self):
         """Numbers for the log; of the input, the last batch's."""
-        return {"temperature": self.log_scale.neg().exp().item()} | dict(
-            zip(("input_mean", "input_std", "padding"), torch.stack(self.heard).tolist() if self.heard else ()))
+        return {"temperature": self.log_scale.neg().exp().item()} | {k: v.item() for k, v in self.heard.items()}
 
     def flops(self):
         """Of one sample's forward and backward pass (the backward costs two forwards)."""

@@ -87,7 +87,7 @@ def pytest_terminal_summary(terminalreporter):
     if rows:
         terminalreporter.section("what was tried")
         width = max(len(row[0]) for row in rows)
-        for what, count, how in rows:
+        for what, count, how in sorted(rows):
             terminalreporter.line(f"{what.ljust(width)}  {count:5d}  {how}")
         terminalreporter.line(f"{'all'.ljust(width)}  {sum(row[1] for row in rows):5d}")
 
