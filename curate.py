@@ -35,8 +35,8 @@ from clip_load import (
 )
 from data import (
     CLASS_NAMES,
+    Claim,
     add_labels,
-    claim,
     dataset_folder,
     is_array,
     new_array,
@@ -117,8 +117,8 @@ def caption_pool(source, folder):
 
 GROUP = 64  # captions of which only the best one is looked at first
 # Of what a shortlist is computed in: the captions it holds beyond k, and how far rounding may move a cosine besides
-# the sum's rounding: unit vectors of fp16 are exact in fp16, but a cosine is kept in it; bf16 rounds the vectors too.
-ROUGH = {torch.float32: (6, 0.0), torch.float16: (6, 2.0 ** -11), torch.bfloat16: (22, 2.0 ** -7)}
+# the sum's rounding: unit vectors of fp16 are exact in fp16, but a cosine is kept in it; bf16 rounds both vectors, too.
+ROUGH = {torch.float32: (6, 0.0), torch.float16: (6, 2.0 ** -11), torch.bfloat16: (22, 2.0 ** -7 + 2.0 ** -8)}
 
 
 def rough_type(device):
@@ -172,7 +172,7 @@ def shortlist(queries, captions, size, columns, rough):
     return cosines, indices
 
 
-def top_captions(images, captions, k, columns=65_536, device="cpu"):
+def top_captions(images, captions, k, columns=65_536, device="cpu", rough=None):
     """Each image's k nearest captions, exactly: (b, D), (P, D) fp16 unit vectors -> cosines, indices (b, k).
 
     captions: an array in memory or on disk, or a tensor on the device. Ties are ranked by index.
@@ -182,7 +182,7 @@ def top_captions(images, captions, k, columns=65_536, device="cpu"):
     What is not on the shortlist is at best a rounding error nearer than the last that is; where that could matter, the
     row is done again in float64 over all captions. So the result depends on no block size and no device.
     """
-    rough = rough_type(device)
+    rough = rough or rough_type(device)
     spare, error = ROUGH[rough]
     queries, size = torch.as_tensor(images, device=device), min(k + spare, len(captions))            # (b, D)
     fast, index = shortlist(queries, captions, size, columns, rough)
@@ -196,7 +196,11 @@ def top_captions(images, captions, k, columns=65_536, device="cpu"):
     error += images.shape[1] * 2.0 ** -23            # of a sum of D terms in fp32
     unsure = (exact[:, min(k, size) - 1] <= fast[:, -1] + error) & (size < len(captions))
     unsure &= queries.any(1)                         # a row of zeros is an unreadable frame's
-    for row in unsure.nonzero().flatten().tolist():
+    unsure = unsure.nonzero().flatten().tolist()
+    if unsure and rough == torch.bfloat16:           # fp32 settles most of them
+        cosines[unsure], indices[unsure] = top_captions(images[unsure], captions, k, columns, device, torch.float32)
+        return cosines, indices
+    for row in unsure:
         everything = torch.cat([rows_of(captions, slice(i, i + columns), device).double() @ queries[row].double()
                                 for i in range(0, len(captions), columns)]).cpu().numpy()            # (P,)
         indices[row] = np.lexsort((np.arange(len(captions)), -everything))[:k]
@@ -217,7 +221,7 @@ def mine(images, captions, folder, k, device="cpu", rows=16_384, columns=65_536,
     arrays = {"cosines": (np.float32, (len(images), k)), "indices": (np.int32, (len(images), k)),
               "done": (np.uint8, (len(images),))}
     if ranks()[0] == 0:
-        lock = claim(folder)
+        lock = Claim(folder / "lock", wait=True)
         if not (note.exists() and note.read_bytes() == made_of.encode()
                 and all(is_array(paths[name], *kind) for name, kind in arrays.items())):
             note.unlink(missing_ok=True)
@@ -287,7 +291,7 @@ def write_index(path, clips, captions):
 
     captions: for each clip its captions and their cosines (or None), one clip at a time.
     """
-    folder, counts, lock = path.parent, [], claim(path.parent)
+    folder, counts = path.parent, []
 
     def save(part):
         with open(part, "w", encoding="utf-8") as file:
@@ -302,7 +306,6 @@ def write_index(path, clips, captions):
                 counts.append(len(texts))
 
     write_whole(path, save)
-    lock.close()
     return len(counts), sum(counts)
 
 
@@ -330,6 +333,7 @@ def curate(settings, device):
     mined = source in PROMPTS
     folder = dataset_folder(settings.data or ("audioset" if mined else "audiocaps"))
     index = folder / f"{source}.jsonl"
+    lock = Claim(f"{index}.lock") if ranks()[0] == 0 else None
     if mined:
         pool = caption_pool(source, folder)
         clips, train_on = training_clips(folder, settings.leave_out)
@@ -370,6 +374,7 @@ def curate(settings, device):
               + "".join(f", {note}" for note in notes))
         if settings.preview:
             preview(index.with_suffix(".png"), clips, found, settings.preview)
+        lock.close()
         print(f"next: python finetune.py --source {source}" + (f" --data {settings.data}" if settings.data else ""))
     barrier()
 
@@ -403,7 +408,7 @@ def read_note(path):
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
         return {"made_of": dict(state["made_of"]), "batches": int(state["batches"]), "bytes": int(state["bytes"])}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"{path}: damaged ({error}); delete it and the captions beside it") from None
 
 
@@ -427,12 +432,14 @@ def generate(settings, device):
     state = read_note(note) if note.exists() else {"made_of": made_of, "batches": 0, "bytes": 0}
     if state["made_of"] != made_of or (out.exists() and not note.exists()):
         raise ValueError(f"{out} was made otherwise; choose another --out, or delete it and {note}")
-    lock = claim(out.parent)
+    lock = Claim(f"{out}.lock")
     tokenizer = AutoTokenizer.from_pretrained(settings.model, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(
         settings.model, dtype=torch.float16 if device.type == "cuda" else torch.float32).to(device).eval()
     with open(out, "ab+") as file:
+        if file.seek(0, os.SEEK_END) < state["bytes"]:
+            raise ValueError(f"{out} is shorter than when {note} was written; delete both")
         file.truncate(state["bytes"])  # what a killed run wrote beyond its last note
         file.seek(0)
         known = {line.lower() for line in file.read().decode().splitlines()}

@@ -9,6 +9,7 @@ B  batch     S  samples of a waveform     T  frames of 10 ms     F  mel bins    
 """
 import argparse
 import csv
+import ctypes
 import errno
 import fcntl
 import gzip
@@ -62,7 +63,8 @@ def write_whole(path, save):
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # soundfile's and torch.save's are RuntimeErrors
         part.unlink(missing_ok=True)
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "is the disk full?"
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else \
+            f"{str(error).splitlines()[0]}; is the disk full?"
         raise OSError(f"{path}: can't be written ({reason}); the same command goes on from here") from None
 
 
@@ -71,10 +73,12 @@ def new_array(path, dtype, shape):
 
     Memory that is mapped to a full disk ends the process at the first write to it, without a word.
     """
+    Path(path).unlink(missing_ok=True)  # who has mapped an earlier one keeps it
     try:
         np.lib.format.open_memmap(path, "w+", dtype, shape)
-        with open(path, "rb+") as file:
-            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+        if hasattr(os, "posix_fallocate"):
+            with open(path, "rb+") as file:
+                os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
     except OSError as error:
         Path(path).unlink(missing_ok=True)
         need = math.prod(shape) * np.dtype(dtype).itemsize / 1e9
@@ -85,7 +89,7 @@ def new_array(path, dtype, shape):
 def open_array(path):
     """The array in a file, not read into memory; None where there is none, for a flipped bit can do anything."""
     try:
-        return np.load(path, mmap_mode="r")
+        return np.lib.format.open_memmap(path, mode="r")
     except (OSError, ValueError, EOFError, SyntaxError, TypeError, OverflowError, MemoryError, TokenError):
         return None
 
@@ -96,31 +100,43 @@ def is_array(path, dtype, shape):
     return array is not None and array.dtype == dtype and array.shape == shape
 
 
-def claim(folder):
-    """Hold a folder for this process until the returned file is closed, or the process ends, however it ends.
+class Claim:
+    """Holds a file that no other process can hold, until `close` or the process's end, however it ends.
 
-    Raises ValueError, with the holder's identity, where another process has it.
+    Raises ValueError, with the holder's identity, where another process has it; with `wait` it waits instead.
     """
-    path = Path(folder) / "lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT), "r+")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            return file  # a file system without locks
-        raise ValueError(f"{folder} is in use by {file.read().strip() or 'another process'}; wait for it, or choose "
-                         f"another folder") from None
-    file.truncate(0)
-    file.write(f"{' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])} (process {os.getpid()} on {socket.gethostname()}, "
-               f"since {datetime.now().isoformat(' ', 'seconds')})\n")
-    file.flush()
-    return file
+
+    def __init__(self, path, wait=False):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            self.file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+", errors="backslashreplace")
+            try:
+                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    return  # a file system without locks
+                holder = f"{path} is held by {self.file.read().strip() or 'another process'}"
+                if not wait:
+                    raise ValueError(f"{holder}; wait for it, or choose another folder") from None
+                print(f"{holder}; waiting", file=sys.stderr, flush=True)
+                fcntl.lockf(self.file, fcntl.LOCK_EX)
+            if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(self.file.fileno())):
+                break  # and not a file that its holder has just removed
+            self.file.close()
+        self.file.truncate(0)
+        self.file.write(f"{' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])} (process {os.getpid()} on "
+                        f"{socket.gethostname()}, since {datetime.now().isoformat(' ', 'seconds')})\n")
+        self.file.flush()
+
+    def close(self):
+        self.path.unlink(missing_ok=True)
+        self.file.close()
 
 
 def inside(folder, name):
     """Path of a file below a folder, as a table or an index names it -> str. Raises ValueError where it leads out."""
-    if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == ".." or "\0" in name:
+    if os.path.isabs(name) or ".." in name.split("/") or "\0" in name:
         raise ValueError(f"{name!r} leads out of {folder}; put a link into that folder instead")
     return os.path.join(folder, name)
 
@@ -661,9 +677,11 @@ class Calls(Dataset):
 
 
 def worker_starts(worker):
-    """A worker process leaves Ctrl-C to its parent, whose handler of SIGTERM it must not inherit either."""
+    """A worker process leaves Ctrl-C to its parent, does not inherit its handler of SIGTERM, and ends when it does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if sys.platform == "linux":  # at once: the next run may already write the same files
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def as_it_is(result):
@@ -851,7 +869,7 @@ def extract(table, videos, out, sample_rate=FrontEnd.sample_rate, side=224, work
     segments, files = read_segments(table), by_video(find_files(videos, VIDEO))
     split = {table: split for split, table in AUDIOSET_SPLITS.items()}.get(table.stem, table.stem)
     names = class_names(table.parent) if (table.parent / CLASS_NAMES).exists() else {}
-    lock = claim(out)
+    lock = Claim(out / f"{split}.lock")
     note, made_with = out / "extract.json", json.dumps({"sample_rate": sample_rate, "side": side})
     if note.exists() and note.read_text() != made_with:
         raise ValueError(f"{out} was extracted with {note.read_text()}, not {made_with}; choose another --out")
@@ -948,7 +966,7 @@ def pack(folder, clips, sample_rate, workers=2):
     a pack of other files, which may be all that is left of them.
     """
     out, whole = Path(folder) / f"packed-{sample_rate}", os.path.abspath(folder)
-    lock = claim(out)
+    lock = Claim(out / "lock")
     names = sorted({os.path.relpath(clip.audio, folder).encode() for clip in clips})
     files = [os.path.normpath(os.path.join(whole, name.decode())) for name in names]
     stamps, starts, known = np.array([stamp(path) for path in files], np.int64), out / "starts.npy", out / "stamps.npy"
@@ -1181,11 +1199,11 @@ def make_toy(folder, seed=0, splits=TOY_SPLITS, workers=2):
     without clips. val.jsonl, test.jsonl: each of the 144 things once, with 5 captions.
     """
     folder = Path(folder)
-    lock = claim(folder.parent)
     partial_folder = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial_folder, ignore_errors=True)
+    lock = Claim(partial_folder / "lock")
     for name in ("audio", "frames"):
-        (partial_folder / name).mkdir(parents=True)
+        shutil.rmtree(partial_folder / name, ignore_errors=True)
+        (partial_folder / name).mkdir()
     jobs = [(split, i) for split, count in splits.items() for i in range(count)]
     rows = list(tqdm(in_processes(partial(make_toy_clip, folder=partial_folder, seed=seed), jobs, workers),
                      total=len(jobs), desc="toy world", unit=" clips"))
@@ -1201,8 +1219,8 @@ def make_toy(folder, seed=0, splits=TOY_SPLITS, workers=2):
                 file.write(json.dumps(row | {"captions": [str(rng.choice(row["captions"]))]}) + "\n")
     write_toy_pools(partial_folder, rng)
     write_toy_vocabulary(partial_folder / "vocab.txt.gz")
-    os.replace(partial_folder, folder)
     lock.close()
+    os.replace(partial_folder, folder)
 
 
 def write_toy_pools(folder, rng):
@@ -1268,17 +1286,20 @@ def run(script):
             sys.exit(1)  # what is missing is missing for all: rank 0 says so
         message = (str(error).strip() or type(error).__name__).splitlines()[-1]  # of a worker's, without its traceback
         if isinstance(error, torch.OutOfMemoryError):
-            message = f"{str(error).splitlines()[0]} --micro-batch needs less memory for the same result"
+            message = f"{str(error).splitlines()[0]} Take less at a time: --micro-batch, --rows, --batch"
         elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             message += "; make room, then the same command goes on from here"
         elif isinstance(error, RuntimeError):
-            if not any(word in str(error) for word in ("gloo", "NCCL", "DataLoader worker")):
+            if not any(word in str(error) for word in ("gloo", "NCCL", "DataLoader worker (pid")):
                 raise
             message = f"another process of this run ended ({message}); the same command goes on from here"
-        sys.exit(f"{name}{f' (rank {rank})' if rank else ''}: {message}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        message = f"{name}{f' (rank {rank})' if rank else ''}: {message}"
+        if dist.is_initialized():  # the others wait for this rank: it must not wait for them
+            print(message, file=sys.stderr, flush=True)
+            os._exit(1)
+        sys.exit(message)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def main():

@@ -36,6 +36,7 @@ from data import (
     AUDIO,
     CLASS_NAMES,
     READERS,
+    Claim,
     Unreadable,
     add_labels,
     class_names,
@@ -737,6 +738,12 @@ def remembered(place, dimensions):
     return torch.from_numpy(content.copy()) if (abs(lengths - 1) < 1e-3).all() else None
 
 
+def save_array(path, array):
+    """np.save under just this name."""
+    with open(path, "wb") as file:
+        np.save(file, array)
+
+
 def hear(model, paths, cache):
     """Recordings of any length -> [(path, starts of windows (W,), unit embeddings (W, D))], unreadable ones left out.
 
@@ -754,6 +761,7 @@ def hear(model, paths, cache):
         places[path] = cache / (hashlib.sha256(repr(made_of).encode()).hexdigest()[:32] + ".npy")
     known = {path: remembered(place, model.dimensions) for path, place in places.items()}
     todo, batch = [path for path in places if known[path] is None], []
+    lock = Claim(cache / "lock", wait=True) if todo and ranks()[0] == 0 else None
     for path in todo:
         try:
             batch += [(path, start) for start in windows(path, model.front_end.seconds)]
@@ -767,10 +775,10 @@ def hear(model, paths, cache):
                 starts = torch.tensor([batch[i][1] for i in rows]).view(-1, 1)
                 known[name] = torch.cat([starts, embedded[rows]], 1).float()          # (W, 1 + D)
                 if len(rows) == len(own) and ranks()[0] == 0:  # what could not be read is tried again next time
-                    with open(f"{places[name]}.{os.getpid()}", "wb") as file:
-                        np.save(file, known[name].numpy())
-                    os.replace(file.name, places[name])
+                    write_whole(places[name], lambda part, name=name: save_array(part, known[name].numpy()))
             batch, model.known = [], {}
+    if lock:
+        lock.close()
     heard = [(path, content[:, 0].tolist(), content[:, 1:]) for path, content in known.items()
              if content is not None and len(content)]
     if not heard:
@@ -922,6 +930,8 @@ def main():
         name = str(path) if name in [other for other, *_ in runs] else name
         saved = (out if args.out else path.parent) / f"{f'{name}.' if args.out and not stem else stem}{args.task}.json"
 
+        lock = Claim(f"{saved}.lock") if ranks()[0] == 0 else None
+
         def save(results, reasons, model=model, saved=saved):
             if ranks()[0] == 0:
                 save_json(saved, {"task": args.task, "model": model.identity, "versions": versions(),
@@ -940,6 +950,7 @@ def main():
             show(results, row)
             for task, reason in reasons.items():
                 print(f"\n{task}: not measured. {reason}")
+            lock.close()
             print(f"\nsaved in {saved}")
     if ranks()[0] == 0:
         if args.task != "toy":

@@ -35,6 +35,7 @@ from clip_load import (
 from data import (
     CLASS_NAMES,
     READERS,
+    Claim,
     class_names,
     dataset_folder,
     floating,
@@ -133,11 +134,13 @@ def starting_encoder(settings, clip):
         return encoder, settings.front_end, None
     checkpoint = load_checkpoint(settings.init, ["pretrain", "finetune"])
     encoder, front_end = audio_encoder_of(checkpoint, settings.init)
-    for name, value in asdict(front_end).items():
+    shape = {name: encoder.config[name] for name in ("patch", "width", "layers")}
+    shape |= zip(("stride_time", "stride_mel"), encoder.config["stride"])
+    for name, value in (asdict(front_end) | shape).items():
         flag = f"--{name.replace('_', '-')}"
         if any(word.split("=")[0] == flag for word in sys.argv) and getattr(settings, name) != value:
-            raise ValueError(f"{flag} {getattr(settings, name)}: {settings.init} was trained with {value}, and hears "
-                             f"nothing else")
+            raise ValueError(f"{flag} {getattr(settings, name)}: {settings.init} was trained with {value}, which can't "
+                             f"be changed afterwards")
     return encoder, front_end, checkpoint["learner"]["log_scale"]
 
 
@@ -497,7 +500,7 @@ def mean_and_spread(values):
 
 def run_ladder(ladder):
     """Climb with every seed, print the table with its spread, and for each claim of the paper whether it holds here."""
-    began = time.time()
+    began, lock = time.time(), Claim(Path(ladder.out) / "lock")
     runs = [climb(ladder, seed) for seed in range(ladder.seeds)]
     columns = {"a2t_r1": "audio->text R@1", "a2t_r10": "R@10", "t2a_r1": "text->audio R@1", "t2a_r10": "R@10",
                "prompt": "labels, prompt", "no prompt": "no prompt"}
@@ -514,6 +517,7 @@ def run_ladder(ladder):
         lines.append([claim, mean_and_spread(gaps), f"{positive} of {len(gaps)}", verdict])
     table(["", "difference", "seeds", ""], lines)
     save_json(Path(ladder.out) / "ladder.json", {"runs": runs, "versions": versions()})
+    lock.close()
     curve, scaling = (" ".join(f"{ladder.out}/seed0/{folder_of(row)}/checkpoint.pt" for row in rows)
                       for rows in (["vip-AnT", "VA-Rand"], [*(f"+AT GC {name}" for name in FEW), "+AT GC"]))
     print(f"\nFig. 5: python evaluate.py --task curve --compare {curve}\n"

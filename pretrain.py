@@ -48,9 +48,9 @@ from clip_load import (
     load_clip,
 )
 from data import (
+    Claim,
     FrontEnd,
     Unreadable,
-    claim,
     dataset_folder,
     held_out_by_audiocaps,
     is_array,
@@ -241,6 +241,8 @@ def embed(items, read, encode, out, state, device, workers, description=None, ba
     rank, size = ranks()
     todo = np.arange(rank, len(state), size)  # a rank's share depends on no other rank's progress
     todo = todo[np.asarray(state)[todo] == 0]
+    if not len(todo):
+        return
     loader = DataLoader(Readable(items, read), batch, sampler=todo.tolist(), num_workers=workers,
                         collate_fn=split_readable, worker_init_fn=worker_starts)
     with tqdm(total=len(todo), desc=description, disable=rank > 0 or not len(todo) or not description, unit="") as bar:
@@ -293,8 +295,10 @@ class Bank:
 
     def check(self):
         """Raises ValueError where all targets are alike, so that there is nothing to learn from them."""
+        if not len(self.rows):
+            return
         some = self.embeddings[self.rows[np.linspace(0, len(self.rows) - 1, 1000).astype(int)]].astype(np.float32)
-        if len(self.rows) and np.abs(some - some[0]).max() < 1e-3:
+        if np.abs(some - some[0]).max() < 1e-3:
             raise ValueError(f"{self.path}: its rows are all alike, so there is nothing to learn; do the frames, or the "
                              f"captions, differ?")
 
@@ -308,7 +312,7 @@ def stored(folder, made_of, items, read, encode, dimensions, device, workers=0):
     folder = Path(folder)
     embeddings, state, note = folder / "embeddings.npy", folder / "state.npy", folder / "bank.json"
     if ranks()[0] == 0:
-        lock, made_of, shape = claim(folder), json.dumps(made_of), (len(items), dimensions)
+        lock, made_of, shape = Claim(folder / "lock", wait=True), json.dumps(made_of), (len(items), dimensions)
         if not (note.exists() and note.read_bytes() == made_of.encode() and is_array(embeddings, np.float16, shape)
                 and is_array(state, np.uint8, shape[:1])):
             note.unlink(missing_ok=True)
@@ -317,6 +321,10 @@ def stored(folder, made_of, items, read, encode, dimensions, device, workers=0):
             write_whole(note, lambda path: path.write_text(made_of))
         done = np.load(state, mmap_mode="r+")
         done[done != 1] = 0  # what could not be read last time is tried again, and named again
+        rows = np.load(embeddings, mmap_mode="r")
+        for i in range(0, len(items), 2 ** 16):  # what a power cut lost is made again
+            part = rows[i:i + 2 ** 16].astype(np.float32)
+            done[i:i + 2 ** 16][~(np.abs((part * part).sum(1) - 1) < 0.01)] = 0
     barrier()
     done = np.load(state, mmap_mode="r+")
     embed(items, read, encode, np.load(embeddings, mmap_mode="r+"), done, device, workers, f"bank {folder}")
@@ -655,7 +663,7 @@ def restore(path, learner, optimizer, settings, identity, paths, sizes):
     saved = load_checkpoint(path, [identity["stage"]])
     # the index's content, how many of its clips could be used, and the CLIP that made their targets
     def made_of(checkpoint):
-        return {"index": checkpoint["data"], "samples": checkpoint["samples"],
+        return {"index": checkpoint.get("data"), "samples": checkpoint.get("samples"),
                 "clip weights": checkpoint.get("clip", {}).get("fingerprint"),
                 "start": checkpoint.get("start", {}).get("weights")}
 
@@ -664,11 +672,13 @@ def restore(path, learner, optimizer, settings, identity, paths, sizes):
     changed = {name: (then.get(name), value) for name, value in now.items() if then.get(name) != value}
     if changed:
         raise ValueError(f"{path} was made otherwise (then, now): {changed}; choose another --out, or delete it")
-    differs = (sizes != saved["sizes"]) & (sizes > 0) & (saved["sizes"] > 0) if len(sizes) else sizes
+    known = saved.get("sizes", sizes) if len(sizes) else sizes
+    differs = (sizes != known) & (sizes > 0) & (known > 0)
     if differs.any():  # what is gone is skipped and counted
         first = os.fsdecode(paths[differs.nonzero()[0].item()])
         raise ValueError(f"{first} is not the file it was when {path} was made, nor are {int(differs.sum()) - 1} others; "
                          f"choose another --out, or delete it")
+    sizes.copy_(torch.where(sizes > 0, sizes, known))
     learner.load_state_dict(saved["learner"])
     optimizer.load_state_dict(saved["optimizer"])
     return saved["step"], saved["skipped"]
@@ -709,10 +719,10 @@ def doubts(loss, guessing, temperature=0.07, input_mean=0.0, input_std=1.0, padd
         found.append(f"the temperature, {temperature:.2g}, has left 0.005 to 1, where this loss learns; lower "
                      f"--lr-biases")
     if not (abs(input_mean) < 0.7 and 0.4 < input_std < 2):
-        found.append(f"the encoder's input has mean {input_mean:.2f} and std {input_std:.2f} instead of 0 and 1: python "
-                     f"data.py stats computes the --mean and --std of a dataset at a rate")
+        found.append(f"the encoder's input has mean {input_mean:.2f} and std {input_std:.2f} instead of 0 and 1: do "
+                     f"rate, mean and std fit these sounds? python data.py stats computes those of a dataset")
     if padding > 0.9:
-        found.append(f"{100 * padding:.0f} % of what the encoder hears is padding; lower --frames")
+        found.append(f"{100 * padding:.0f} % of what the encoder hears is padding: it wants longer sounds, or fewer --frames")
     return found
 
 
@@ -733,7 +743,7 @@ def train(learner, samples, settings, identity, validate, device):
         raise ValueError(f"{len(samples)} samples do not fill one batch of {settings.batch}; lower --batch")
     steps = settings.epochs * steps_per_epoch
     last = min(steps, settings.steps or steps)
-    lock = claim(out) if rank == 0 else None
+    lock = Claim(out / "lock") if rank == 0 else None
     learner.to(device).train()
     optimizer = make_optimizer(learner, settings)
     identity |= {"samples": len(samples)}
@@ -798,7 +808,7 @@ def train(learner, samples, settings, identity, validate, device):
                          skipped=skipped, eta=seconds / since * (last - step - 1))
             total, missed, since, waited, clock = torch.zeros((), device=device), 0, 0, 0.0, time.perf_counter()
         if epoch_ends and validate:
-            for doubt in doubts(mean_loss, learner.guessing(settings.batch), **report):
+            for doubt in doubts(loss.item(), learner.guessing(settings.batch), **report):
                 log.write(f"  warning: {doubt}", step=step + 1, warning=doubt)
             skipped = 0
             log.validation(step + 1, (step + 1) // steps_per_epoch, **validate(learner.eval()))

@@ -185,7 +185,7 @@ def test_stopped_and_killed_a_command_goes_on(run, commands, undisturbed, tmp_pa
     assert landed
     run(*command.words(out))
     assert command.result(out) == undisturbed(name)
-    assert not list(out.rglob("*.part"))
+    assert not [*out.rglob("*.part"), *out.rglob("*lock")]
     record_property("tried", (f"Ctrl-C, SIGTERM, SIGKILL: {name}", landed, "went on, ended as undisturbed"))
 
 
@@ -199,6 +199,9 @@ def test_a_full_disk_is_said_and_made_room_for(run, commands, undisturbed, tmp_p
     command, out = commands[name], tmp_path / "out"
     command.prepare(out)
     words = [*command.words(out), *(() if name == "curate.py generate" else ("--workers", 0))]
+    if name == "curate.py":  # has its banks, lacks its index
+        run(*words)
+        (out / "ac.jsonl").unlink()
     done = run(*words, check=False, largest_file=LIMITS[name])
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert "the same command goes on" in done.stderr and ("File too large" in done.stderr or "disk full" in done.stderr)
@@ -309,12 +312,12 @@ def test_a_second_run_in_the_same_folder_is_refused(run, commands, undisturbed, 
     command, out = commands[name], tmp_path / "out"
     command.prepare(out)
     process = run(*command.words(out), start=True)
-    while process.poll() is None and not command.progress(out):
+    while process.poll() is None and not (size_of(out / "run/log.jsonl") if "pretrain" in name else command.progress(out)):
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGSTOP)
     done = run(*command.words(out), check=False)
     os.kill(process.pid, signal.SIGCONT)
-    assert done.returncode == 1 and f"is in use by {command.words(out)[0]}" in done.stderr
+    assert done.returncode == 1 and f"is held by {command.words(out)[0]}" in done.stderr
     assert f"process {process.pid} on " in done.stderr and "since 20" in done.stderr
     process.communicate(timeout=120)
     assert process.returncode == 0 and command.result(out) == undisturbed(name)

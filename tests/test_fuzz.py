@@ -366,6 +366,7 @@ def test_damaged_files(kind, world, tmp_path, record_property):
         target=read_damaged, args=(kind, tmp_path, count, list(KINDS).index(kind), report))
     process.start()
     process.join(600)
+    process.kill()
     assert process.exitcode == 0, f"the reading process ended with {process.exitcode}; see {tmp_path}"
     found = json.loads(report.read_text())
     assert not found["wrong"] and not found["stray"], (found, str(tmp_path))

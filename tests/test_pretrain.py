@@ -148,7 +148,7 @@ def learner_of(out):
 def test_pretraining_learns_and_says_what_it_made(run, pretrain_flags):
     done = run("pretrain.py", *flat(pretrain_flags | {"--epochs": 12}))
     lines = [json.loads(line) for line in (pretrain_flags["--out"] / "log.jsonl").read_text().splitlines()]
-    losses = [line["loss"] for line in lines if '"loss"' in line]
+    losses = [line["loss"] for line in lines if "loss" in line]
     assert losses[-1] < 2 * math.log(16) < losses[0]  # below what unrelated pairs give
     assert {"temperature", "lr_weights", "lr_biases", "clips_per_second", "waiting", "mfu", "eta"} <= lines[1].keys()
     assert lines[0]["command"] and lines[0]["settings"]["batch"] == 16
