@@ -71,10 +71,9 @@ def run():
     return run
 
 
-@pytest.fixture
-def pretrain_flags(world, small_clip, tmp_path):
+def small_pretraining(world, clip, out):
     """Flags of a small pre-training on the small world: 4 steps an epoch, 5 epochs."""
-    return {"--data": world, "--clip": small_clip, "--vocab": world / "vocab.txt.gz", "--out": tmp_path / "out",
+    return {"--data": world, "--clip": clip, "--vocab": world / "vocab.txt.gz", "--out": out,
             "--sample-rate": 16000, "--mels": 32, "--frames": 60, "--mean": -3, "--std": 4, "--stride-time": 8,
             "--stride-mel": 8, "--batch": 16, "--epochs": 5, "--warmup-epochs": 1, "--lr-weights": 5,
             "--precision": "fp32", "--workers": 1, "--log-every": 2, "--save-every": 3}
@@ -90,6 +89,11 @@ def pytest_terminal_summary(terminalreporter):
         for what, count, how in sorted(rows):
             terminalreporter.line(f"{what.ljust(width)}  {count:5d}  {how}")
         terminalreporter.line(f"{'all'.ljust(width)}  {sum(row[1] for row in rows):5d}")
+
+
+@pytest.fixture
+def pretrain_flags(world, small_clip, tmp_path):
+    return small_pretraining(world, small_clip, tmp_path / "out")
 
 
 def linked(world, folder):

@@ -44,8 +44,8 @@ def test_fbank_is_kaldis(sample_rate):
         assert torch.equal(features, fbank(wave[None], sample_rate)[0])
 
 
-def test_fbank_is_kaldis_on_every_recording(shared):
-    for clip in read_split("esc50", shared / "data/esc10"):
+def test_fbank_is_kaldis_on_real_recordings(shared):
+    for clip in read_split("esc50", shared / "data/esc10")[::4]:
         for sample_rate in (44_100, 16_000):
             wave = load_audio(clip.audio, sample_rate)
             single, batch = fbank(wave[None], sample_rate), fbank(torch.stack([wave.flip(0), wave]), sample_rate)

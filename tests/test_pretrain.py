@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import flat, linked
+from conftest import flat, linked, small_pretraining
 
 import data
 import pretrain
@@ -159,20 +159,31 @@ def test_pretraining_learns_and_says_what_it_made(run, pretrain_flags):
     assert again.returncode == 0 and "ETA" not in again.stdout
 
 
-def test_two_ranks_are_one(run, pretrain_flags, tmp_path):
+@pytest.fixture(scope="module")
+def undisturbed(run, world, small_clip, tmp_path_factory):
+    """(ranks) -> what the small pre-training leaves."""
+    known = {}
+
+    def learner(ranks):
+        if ranks not in known:
+            out = tmp_path_factory.mktemp("undisturbed")
+            run("pretrain.py", *flat(small_pretraining(world, small_clip, out)), ranks=ranks)
+            known[ranks] = learner_of(out)
+        return known[ranks]
+    return learner
+
+
+def test_two_ranks_are_one(undisturbed):
     """Same global batch: 20 steps on two gloo processes and on one."""
-    for ranks in (1, 2):
-        run("pretrain.py", *flat(pretrain_flags | {"--out": tmp_path / str(ranks)}), ranks=ranks)
-    one, two = learner_of(tmp_path / "1"), learner_of(tmp_path / "2")
+    one, two = undisturbed(1), undisturbed(2)
     assert max((one[key] - two[key]).abs().max().item() for key in one) < 1e-5
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_slices_of_a_batch_give_the_whole_batchs_gradients(run, pretrain_flags, tmp_path, ranks):
+def test_slices_of_a_batch_give_the_whole_batchs_gradients(run, pretrain_flags, undisturbed, tmp_path, ranks):
     """20 steps with 16 clips at once, and with activations of 4 clips a rank at a time."""
-    run("pretrain.py", *flat(pretrain_flags | {"--out": tmp_path / "whole"}), ranks=ranks)
     run("pretrain.py", *flat(pretrain_flags | {"--out": tmp_path / "sliced", "--micro-batch": 4}), ranks=ranks)
-    whole, sliced = learner_of(tmp_path / "whole"), learner_of(tmp_path / "sliced")
+    whole, sliced = undisturbed(ranks), learner_of(tmp_path / "sliced")
     assert max((whole[key] - sliced[key]).abs().max().item() for key in whole) < 1e-5
     assert not torch.equal(whole["log_scale"], torch.tensor(math.log(1 / 0.07)))  # the temperature learns, too
     done = run("pretrain.py", *flat(pretrain_flags | {"--micro-batch": 5}), check=False)
@@ -214,13 +225,12 @@ def test_the_papers_step_is_timed_without_a_file(run, tmp_path, monkeypatch):
     assert not (tmp_path / "out/random/checkpoint.pt").exists()
 
 
-def test_a_run_stopped_after_some_steps_goes_on(run, pretrain_flags, tmp_path):
-    run("pretrain.py", *flat(pretrain_flags))
+def test_a_run_stopped_after_some_steps_goes_on(run, pretrain_flags, undisturbed, tmp_path):
     stopped = pretrain_flags | {"--out": tmp_path / "stopped"}
     run("pretrain.py", *flat(stopped | {"--steps": 6}))
     assert load_checkpoint(tmp_path / "stopped/checkpoint.pt", ["pretrain"])["step"] == 6
     run("pretrain.py", *flat(stopped))
-    whole, resumed = learner_of(pretrain_flags["--out"]), learner_of(tmp_path / "stopped")
+    whole, resumed = undisturbed(1), learner_of(tmp_path / "stopped")
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
