@@ -17,6 +17,7 @@ import hashlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -680,6 +681,7 @@ def worker_starts(worker):
     """A worker process leaves Ctrl-C to its parent, does not inherit its handler of SIGTERM, and ends when it does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sys.excepthook = lambda *error: None  # a thread that hands over tensors; errors in items travel to the parent
     if sys.platform == "linux":  # at once: the next run may already write the same files
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
@@ -1279,6 +1281,9 @@ def run(script):
     try:
         script()
     except KeyboardInterrupt:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for worker in multiprocessing.active_children():  # before they find nobody to send to, and say so
+            worker.kill()
         print(f"\n{name}: stopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
     except (OSError, ValueError, FloatingPointError, MemoryError, RuntimeError) as error:
