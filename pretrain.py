@@ -560,21 +560,16 @@ def load_checkpoint(path, stages):
 
 def audio_encoder_of(checkpoint, path):
     """Audio encoder, frozen, and front end out of a loaded checkpoint. Raises ValueError."""
+    prefix = "audio_encoder."
     try:
-        return whole_audio_encoder(checkpoint)
+        encoder, front_end = VisionTransformer(**checkpoint["encoder"]), FrontEnd(**checkpoint["front_end"])
+        if tuple(encoder.input_size) != (front_end.frames, front_end.mels):
+            raise ValueError(f"its front end gives {front_end.frames}×{front_end.mels} values, its encoder takes "
+                             f"{'×'.join(map(str, encoder.input_size))}")
+        encoder.load_state_dict({key[len(prefix):]: value for key, value in checkpoint["learner"].items()
+                                 if key.startswith(prefix)})
     except (KeyError, TypeError, AttributeError, RuntimeError, ArithmeticError, ValueError) as error:
         raise ValueError(f"{path}: not a whole checkpoint ({type(error).__name__}: {error})") from None
-
-
-def whole_audio_encoder(checkpoint):
-    """The same. Raises anything."""
-    encoder, front_end = VisionTransformer(**checkpoint["encoder"]), FrontEnd(**checkpoint["front_end"])
-    if tuple(encoder.input_size) != (front_end.frames, front_end.mels):
-        raise ValueError(f"its front end gives {front_end.frames}×{front_end.mels} values, its encoder takes "
-                         f"{'×'.join(map(str, encoder.input_size))}")
-    prefix = "audio_encoder."
-    encoder.load_state_dict({key[len(prefix):]: value for key, value in checkpoint["learner"].items()
-                             if key.startswith(prefix)})
     return encoder.eval().requires_grad_(False), front_end
 
 
@@ -722,7 +717,8 @@ def doubts(loss, guessing, temperature=0.07, input_mean=0.0, input_std=1.0, padd
         found.append(f"the encoder's input has mean {input_mean:.2f} and std {input_std:.2f} instead of 0 and 1: do "
                      f"rate, mean and std fit these sounds? python data.py stats computes those of a dataset")
     if padding > 0.9:
-        found.append(f"{100 * padding:.0f} % of what the encoder hears is padding: it wants longer sounds, or fewer --frames")
+        found.append(f"{100 * padding:.0f} % of what the encoder hears is padding: it wants longer sounds, or fewer "
+                     f"--frames")
     return found
 
 
@@ -759,7 +755,8 @@ def train(learner, samples, settings, identity, validate, device):
     rate = matmul_rate(device, cast)
     loader = DataLoader(Draws(samples, settings.seed), num_workers=settings.workers,
                         batch_sampler=batches(len(samples), settings.batch, settings.epochs, settings.seed, start),
-                        worker_init_fn=worker_starts, pin_memory=device.type == "cuda", prefetch_factor=4 if settings.workers else None)
+                        prefetch_factor=4 if settings.workers else None, worker_init_fn=worker_starts,
+                        pin_memory=device.type == "cuda")
     total, missed, since, waited, clock = torch.zeros((), device=device), 0, 0, 0.0, time.perf_counter()
     source = iter(loader)
     for step in range(start, last):

@@ -233,3 +233,6 @@ def test_generation_goes_on_where_it_was_cut_short(tmp_path):
     assert resumed[:20] == captions[:20] and len(resumed) == 60 and state["batches"] > 0
     with pytest.raises(ValueError, match="was made otherwise"):
         generate(replace(parts, temperature=2.0), cpu)
+    os.truncate(tmp_path / "parts.txt", 100)
+    with pytest.raises(ValueError, match="is shorter than when"):
+        generate(parts, cpu)

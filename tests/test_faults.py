@@ -16,13 +16,15 @@ import pytest
 import torch
 from conftest import ROOT, flat, linked, make_video, tiny_language_model
 
-from data import FrontEnd, read_index
+from clip_load import audio_encoder_from_clip, fingerprint, load_clip
+from data import FrontEnd, load_audio, read_index
 from finetune import Settings, starting_encoder
 from pretrain import (
     AudioSamples,
     Bank,
     doubts,
     embed_all,
+    frame_bank,
     load_checkpoint,
     save_checkpoint,
 )
@@ -90,7 +92,6 @@ def commands(world, small_clip, tmp_path_factory):
         for name in ("start", *"abcdef"):
             shutil.copy(start, out / f"{name}.pt")
 
-    from clip_load import audio_encoder_from_clip, fingerprint, load_clip
     eye, start = load_clip(small_clip), place / "start.pt"
     encoder = audio_encoder_from_clip(eye, 60, 32, (8, 8))
     save_checkpoint(start, {
@@ -311,6 +312,17 @@ def test_frames_that_change_make_the_bank_anew(run, commands, tmp_path, record_p
     record_property("tried", ("a frame changes", 1, "its bank is made anew"))
 
 
+def test_rows_of_a_bank_that_a_power_cut_lost_are_made_again(world, small_clip, tmp_path):
+    """They are marked as done, and hold zeros or anything: what is no unit vector is not done."""
+    clips, clip = read_index(world / "train.jsonl")[:8], load_clip(small_clip)
+    bank = frame_bank(tmp_path / "bank", clips, clip, CPU, 0)
+    whole = np.array(bank.embeddings)
+    rows = np.load(bank.path, mmap_mode="r+")
+    rows[5], rows[9], rows[20] = 0, np.nan, 3
+    rows.flush()
+    assert np.array_equal(frame_bank(tmp_path / "bank", clips, clip, CPU, 0).embeddings, whole)
+
+
 @pytest.mark.parametrize("name", ["pretrain.py (banks, training)", "data.py extract", "data.py pack"])
 def test_a_second_run_in_the_same_folder_is_refused(run, commands, undisturbed, tmp_path, record_property, name):
     command, out = commands[name], tmp_path / "out"
@@ -376,7 +388,6 @@ def test_worker_processes_change_nothing_and_neither_does_chance(run, commands, 
 
 
 def test_embeddings_do_not_depend_on_the_batch(world, commands, tmp_path):
-    from data import load_audio
     start = tmp_path / "out"
     commands["evaluate.py"].prepare(start)
     encoder, front_end, _ = starting_encoder(Settings(init=str(start / "start.pt")), None)

@@ -244,11 +244,11 @@ def read_array(path):
 
 def packs(folder, world):
     data.pack(folder, [data.Clip(str(i), path) for i, path in enumerate(map(str, sounds(folder, world)[:2]))], 16_000, 0)
-    return sorted((folder / "packed-16000").iterdir())
+    return [path for path in sorted((folder / "packed-16000").iterdir()) if path.suffix != ".i16"]
 
 
 def read_pack(path):
-    """A part of a pack, damaged, among the others."""
+    """What says where a pack's sounds lie, damaged: not one sample may come from elsewhere."""
     place = path.parent / "root/packed-16000"
     place.mkdir(parents=True, exist_ok=True)
     for other in (path.parent.parent / "whole/packed-16000").iterdir():
@@ -257,7 +257,7 @@ def read_pack(path):
     load = data.sound_loader(place.parent, FrontEnd(16_000, 32, 50))
     wave, length = load(str(place.parent / "a.wav"))
     assert wave.shape == (FrontEnd(16_000, 32, 50).samples,) and 0 < length <= len(wave)
-    return wave
+    return wave.tolist()
 
 
 def videos(folder, world):
@@ -305,7 +305,7 @@ KINDS = {  # name -> (make, read, files to damage, whether what is accepted must
     "checkpoints": (checkpoints, read_checkpoint, 400, True),
     "the authors' checkpoints": (theirs, read_theirs, 200, True),
     "banks, remembered sounds": (arrays, read_array, 300, False),
-    "packs": (packs, read_pack, 300, False),
+    "packs' tables": (packs, read_pack, 300, True),
     "notes, logs": (notes, read_note, 200, False),
 }
 
