@@ -460,8 +460,8 @@ def read_csv(path, need):
 
 def read_esc50(folder, split="test"):
     """ESC-50 (or ESC-10) as published -> list of Clip with one label and a fold; underscores become spaces."""
-    return [Clip(row["filename"], inside(folder / "audio", row["filename"]), labels=(row["category"].replace("_", " "),),
-                 fold=int(row["fold"]) if row["fold"].isdigit() else 0, easy=row.get("esc10") == "True")
+    return [Clip(row["filename"], inside(folder / "audio", row["filename"]),
+                 labels=(row["category"].replace("_", " "),), fold=int(row["fold"]) if row["fold"].isdigit() else 0, easy=row.get("esc10") == "True")
             for row in read_csv(folder / "meta" / "esc50.csv", ("filename", "fold", "category"))]
 
 
@@ -1012,7 +1012,8 @@ def pack(folder, clips, sample_rate, workers=2):
 
 def digest_of_tables(out):
     """Of what says where a pack's sounds lie, which must be right to the last bit."""
-    return hashlib.sha256(b"".join((out / f"{name}.npy").read_bytes() for name in ("paths", "starts", "stamps"))).hexdigest()
+    tables = b"".join((out / f"{name}.npy").read_bytes() for name in ("paths", "starts", "stamps"))
+    return hashlib.sha256(tables).hexdigest()
 
 
 def sound_loader(folder, front_end):
@@ -1274,7 +1275,7 @@ def stop(*_):
 
 
 def run(script):
-    """Run a script's main; a stop and what a user can mend end in one line instead of a traceback, under torchrun too."""
+    """Run a script's main; a stop and what a user can mend end in one line, not in a traceback, under torchrun too."""
     rank, name = int(os.environ.get("RANK", "0")), Path(sys.argv[0]).name
     if "RANK" not in os.environ:  # torchrun has its own way to end its processes
         signal.signal(signal.SIGTERM, stop)

@@ -299,8 +299,8 @@ class Bank:
             return
         some = self.embeddings[self.rows[np.linspace(0, len(self.rows) - 1, 1000).astype(int)]].astype(np.float32)
         if np.abs(some - some[0]).max() < 1e-3:
-            raise ValueError(f"{self.path}: its rows are all alike, so there is nothing to learn; do the frames, or the "
-                             f"captions, differ?")
+            raise ValueError(f"{self.path}: its rows are all alike, so there is nothing to learn; do the frames, or "
+                             f"the captions, differ?")
 
 
 def stored(folder, made_of, items, read, encode, dimensions, device, workers=0):
@@ -594,8 +594,8 @@ class Log:
         print(f"{header['stage']}: {header['samples']} samples, {header['ranks']} rank(s) on {header['device']}, "
               f"{'from step ' + str(step) if step else 'from the start'}; log in {path}", flush=True)
         if torch.cuda.is_available():
-            print("the seed fixes samples and masks; on a GPU the weights of two runs may still differ by rounding, for "
-                  "it adds in no fixed order", flush=True)
+            print("the seed fixes samples and masks; on a GPU the weights of two runs may still differ by rounding, "
+                  "for it adds in no fixed order", flush=True)
 
     @staticmethod
     def step_of(line):
@@ -671,8 +671,8 @@ def restore(path, learner, optimizer, settings, identity, paths, sizes):
     differs = (sizes != known) & (sizes > 0) & (known > 0)
     if differs.any():  # what is gone is skipped and counted
         first = os.fsdecode(paths[differs.nonzero()[0].item()])
-        raise ValueError(f"{first} is not the file it was when {path} was made, nor are {int(differs.sum()) - 1} others; "
-                         f"choose another --out, or delete it")
+        raise ValueError(f"{first} is not the file it was when {path} was made, nor are {int(differs.sum()) - 1} "
+                         f"others; choose another --out, or delete it")
     sizes.copy_(torch.where(sizes > 0, sizes, known))
     learner.load_state_dict(saved["learner"])
     optimizer.load_state_dict(saved["optimizer"])
