@@ -461,7 +461,8 @@ def read_csv(path, need):
 def read_esc50(folder, split="test"):
     """ESC-50 (or ESC-10) as published -> list of Clip with one label and a fold; underscores become spaces."""
     return [Clip(row["filename"], inside(folder / "audio", row["filename"]),
-                 labels=(row["category"].replace("_", " "),), fold=int(row["fold"]) if row["fold"].isdigit() else 0, easy=row.get("esc10") == "True")
+                 labels=(row["category"].replace("_", " "),), fold=int(row["fold"]) if row["fold"].isdigit() else 0,
+                 easy=row.get("esc10") == "True")
             for row in read_csv(folder / "meta" / "esc50.csv", ("filename", "fold", "category"))]
 
 
