@@ -54,12 +54,12 @@ def small_clip(world, tmp_path_factory):
 @pytest.fixture(scope="session")
 def run():
     """Run a script of the project as a user would; returns the finished process with its output as text."""
-    def run(*command, ranks=1, check=True, start=False, env=None, largest_file=None):
+    def run(*command, ranks=1, check=True, start=False, env=None, cwd=None, largest_file=None):
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
         script, *flags = map(str, command)
         command = [sys.executable, *launcher, str(ROOT / script), *flags]
         options = {"env": os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | (env or {}), "text": True,
-                   "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+                   "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": cwd}
         if largest_file:  # bytes, after which the disk counts as full
             options["preexec_fn"] = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (largest_file, largest_file))
         if start:
