@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT, flat, linked, make_video, tiny_language_model
 
 from clip_load import audio_encoder_from_clip, fingerprint, load_clip
-from data import FrontEnd, load_audio, read_index
+from data import FrontEnd, load_audio, new_array, read_index
 from finetune import Settings, starting_encoder
 from pretrain import (
     AudioSamples,
@@ -340,6 +340,15 @@ def test_frames_that_change_make_the_bank_anew(run, commands, tmp_path, record_p
     after = np.load(bank)
     assert not np.array_equal(before[0], after[0]) and np.array_equal(before[1:], after[1:])
     record_property("tried", ("a frame changes", 1, "its bank is made anew"))
+
+
+def test_an_array_made_anew_leaves_the_old_one_to_who_reads_it(tmp_path):
+    path = tmp_path / "bank.npy"
+    new_array(path, np.float16, (2, 2))
+    np.load(path, mmap_mode="r+")[:] = 1
+    reader = np.load(path, mmap_mode="r")
+    new_array(path, np.float16, (2, 2))
+    assert (reader == 1).all() and not np.load(path).any()
 
 
 def test_rows_of_a_bank_that_a_power_cut_lost_are_made_again(world, small_clip, tmp_path):
