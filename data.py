@@ -65,7 +65,7 @@ def write_whole(path, save):
     except (OSError, RuntimeError) as error:  # soundfile's and torch.save's are RuntimeErrors
         part.unlink(missing_ok=True)
         reason = error.strerror if isinstance(error, OSError) and error.strerror else \
-            f"{str(error).splitlines()[0]}; is the disk full?"
+            f"{(str(error) or type(error).__name__).splitlines()[0]}; is the disk full?"
         raise OSError(f"{path}: can't be written ({reason}); the same command goes on from here") from None
 
 
