@@ -1,4 +1,4 @@
-"""Files to tensors: audio, filterbanks, masking, frames, readers of datasets, the toy world (§3.2.2).
+"""Files to tensors: audio, filterbanks, masking, frames, readers of datasets (§3.2.2).
 
     python data.py toy                       # make the toy world in data/toy (pretrain.py --data toy does it too)
     python data.py extract --segments data/audioset/eval_segments.csv --videos VIDEOS    # videos -> WAV, frames, index
@@ -12,36 +12,29 @@ import csv
 import ctypes
 import errno
 import fcntl
-import gzip
-import hashlib
-import itertools
 import json
 import math
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import socket
 import sys
 import warnings
-from collections import Counter
 from dataclasses import dataclass, replace
 from datetime import datetime
 from fractions import Fraction
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from tokenize import TokenError
 
-import av
 import numpy as np
 import soundfile
 import torch
 import torch.distributed as dist
 import torchaudio
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 
 class Unreadable(ValueError):
@@ -50,96 +43,6 @@ class Unreadable(ValueError):
 
 class Silent(Unreadable):
     """A file, or the part of it that was asked for, whose samples are all equal."""
-
-
-# ------------------------------------------------------------- files that are whole, or not there
-
-def write_whole(path, save):
-    """save(temporary path), then rename it: `path` is always whole. Raises OSError that names the path."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")  # what a killed run leaves, the next one overwrites
-    try:
-        save(part)
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # soundfile's and torch.save's are RuntimeErrors
-        part.unlink(missing_ok=True)
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else \
-            f"{(str(error) or type(error).__name__).splitlines()[0]}; is the disk full?"
-        raise OSError(f"{path}: can't be written ({reason}); the same command goes on from here") from None
-
-
-def new_array(path, dtype, shape):
-    """An array of zeros in a file, its room on the disk taken. Raises OSError that names the path.
-
-    Memory that is mapped to a full disk ends the process at the first write to it, without a word.
-    """
-    Path(path).unlink(missing_ok=True)  # who has mapped an earlier one keeps it
-    try:
-        np.lib.format.open_memmap(path, "w+", dtype, shape)
-        if hasattr(os, "posix_fallocate"):
-            with open(path, "rb+") as file:
-                os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
-    except OSError as error:
-        Path(path).unlink(missing_ok=True)
-        need = math.prod(shape) * np.dtype(dtype).itemsize / 1e9
-        raise OSError(f"{path}: can't be written ({error.strerror}; it needs {need:.2g} GB); the same command goes "
-                      f"on from here") from None
-
-
-def open_array(path):
-    """The array in a file, not read into memory; None where there is none, for a flipped bit can do anything."""
-    try:
-        return np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError, EOFError, SyntaxError, TypeError, OverflowError, MemoryError, TokenError):
-        return None
-
-
-def is_array(path, dtype, shape):
-    """Whether there is such an array."""
-    array = open_array(path)
-    return array is not None and array.dtype == dtype and array.shape == shape
-
-
-class Claim:
-    """Holds a file that no other process can hold, until `close` or the process's end, however it ends.
-
-    Raises ValueError, with the holder's identity, where another process has it; with `wait` it waits instead.
-    """
-
-    def __init__(self, path, wait=False):
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        while True:
-            self.file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+", errors="backslashreplace")
-            try:
-                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno not in (errno.EACCES, errno.EAGAIN):
-                    return  # a file system without locks
-                holder = f"{path} is held by {self.file.read().strip() or 'another process'}"
-                if not wait:
-                    raise ValueError(f"{holder}; wait for it, or choose another folder") from None
-                print(f"{holder}; waiting", file=sys.stderr, flush=True)
-                fcntl.lockf(self.file, fcntl.LOCK_EX)
-            if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(self.file.fileno())):
-                break  # and not a file that its holder has just removed
-            self.file.close()
-        self.file.truncate(0)
-        self.file.write(f"{' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])} (process {os.getpid()} on "
-                        f"{socket.gethostname()}, since {datetime.now().isoformat(' ', 'seconds')})\n")
-        self.file.flush()
-
-    def close(self):
-        self.path.unlink(missing_ok=True)
-        self.file.close()
-
-
-def inside(folder, name):
-    """Path of a file below a folder, as a table or an index names it -> str. Raises ValueError where it leads out."""
-    if os.path.isabs(name) or ".." in name.split("/") or "\0" in name:
-        raise ValueError(f"{name!r} leads out of {folder}; put a link into that folder instead")
-    return os.path.join(folder, name)
 
 
 # --------------------------------------------------------------------------------------- audio
@@ -663,7 +566,106 @@ READERS = {
 }
 
 
-# ------------------------------------------------------------------------- from videos to clips
+# ------------------------------------------------------------- files that are whole, or not there
+
+def write_whole(path, save):
+    """save(temporary path), then rename it: `path` is always whole. Raises OSError that names the path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")  # what a killed run leaves, the next one overwrites
+    try:
+        save(part)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # soundfile's and torch.save's are RuntimeErrors
+        part.unlink(missing_ok=True)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else \
+            f"{(str(error) or type(error).__name__).splitlines()[0]}; is the disk full?"
+        raise OSError(f"{path}: can't be written ({reason}); the same command goes on from here") from None
+
+
+def new_array(path, dtype, shape):
+    """An array of zeros in a file, its room on the disk taken. Raises OSError that names the path.
+
+    Memory that is mapped to a full disk ends the process at the first write to it, without a word.
+    """
+    Path(path).unlink(missing_ok=True)  # who has mapped an earlier one keeps it
+    try:
+        np.lib.format.open_memmap(path, "w+", dtype, shape)
+        if hasattr(os, "posix_fallocate"):
+            with open(path, "rb+") as file:
+                os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+    except OSError as error:
+        Path(path).unlink(missing_ok=True)
+        need = math.prod(shape) * np.dtype(dtype).itemsize / 1e9
+        raise OSError(f"{path}: can't be written ({error.strerror}; it needs {need:.2g} GB); the same command goes "
+                      f"on from here") from None
+
+
+def open_array(path):
+    """The array in a file, not read into memory; None where there is none, for a flipped bit can do anything."""
+    try:
+        return np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError, EOFError, SyntaxError, TypeError, OverflowError, MemoryError, TokenError):
+        return None
+
+
+def is_array(path, dtype, shape):
+    """Whether there is such an array."""
+    array = open_array(path)
+    return array is not None and array.dtype == dtype and array.shape == shape
+
+
+class Claim:
+    """Holds a file that no other process can hold, until `close` or the process's end, however it ends.
+
+    Raises ValueError, with the holder's identity, where another process has it; with `wait` it waits instead.
+    """
+
+    def __init__(self, path, wait=False):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            self.file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+", errors="backslashreplace")
+            try:
+                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    return  # a file system without locks
+                holder = f"{path} is held by {self.file.read().strip() or 'another process'}"
+                if not wait:
+                    raise ValueError(f"{holder}; wait for it, or choose another folder") from None
+                print(f"{holder}; waiting", file=sys.stderr, flush=True)
+                fcntl.lockf(self.file, fcntl.LOCK_EX)
+            if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(self.file.fileno())):
+                break  # and not a file that its holder has just removed
+            self.file.close()
+        self.file.truncate(0)
+        self.file.write(f"{' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])} (process {os.getpid()} on "
+                        f"{socket.gethostname()}, since {datetime.now().isoformat(' ', 'seconds')})\n")
+        self.file.flush()
+
+    def close(self):
+        self.path.unlink(missing_ok=True)
+        self.file.close()
+
+
+def inside(folder, name):
+    """Path of a file below a folder, as a table or an index names it -> str. Raises ValueError where it leads out."""
+    if os.path.isabs(name) or ".." in name.split("/") or "\0" in name:
+        raise ValueError(f"{name!r} leads out of {folder}; put a link into that folder instead")
+    return os.path.join(folder, name)
+
+
+def stamp(path):
+    """Size and time of a file, (0, 0) where there is none."""
+    try:
+        stat = os.stat(path)
+        return stat.st_size, stat.st_mtime_ns
+    except OSError:
+        return 0, 0
+
+
+# --------------------------------------------------------------------------- many processes
 
 class Calls(Dataset):
     """function(item) for each item, for a DataLoader's workers to make: processes that end when their parent does."""
@@ -696,577 +698,6 @@ def in_processes(function, items, workers):
     """Iterate over function(item) in the order of items, computed by `workers` processes (0: by this one)."""
     return DataLoader(Calls(function, items), batch_size=None, num_workers=workers, collate_fn=as_it_is,
                       worker_init_fn=worker_starts)
-
-
-def opened(path, kind):
-    """Open a file with PyAV -> (container, its first stream of kind "audio" or "video"). Raises Unreadable."""
-    try:
-        container = av.open(f"file:{path}", metadata_errors="ignore")
-    except (OSError, av.FFmpegError) as error:
-        raise Unreadable(f"{path}: can't be opened ({error})") from None
-    streams = [stream for stream in container.streams if stream.type == kind and stream.codec_context]
-    if not streams:
-        container.close()
-        raise Unreadable(f"{path}: has no {'sound' if kind == 'audio' else 'pictures'}")
-    return container, streams[0]
-
-
-def decoded(container, stream, start):
-    """Frames of a stream from `start` (seconds from the file's own beginning) or a little earlier on: (time, frame).
-
-    Where the file is damaged the frames end; that a stretch came out short is the caller's to notice.
-    """
-    zero = (container.start_time or 0) / av.time_base
-    try:
-        for back in (0, 5, 20, math.inf):  # a container that has no index is entered anywhere
-            container.seek(max(0, int((max(0, start - back) + zero) / stream.time_base)), stream=stream)
-            frames = ((frame.time - zero, frame) for frame in container.decode(stream) if frame.time is not None)
-            if stream.type == "video" and back < math.inf:  # what comes before a key frame is not whole
-                frames = itertools.dropwhile(lambda found: not found[1].key_frame, frames)
-            first = next(frames, None)
-            if first is None or first[0] <= start or start <= back:
-                break
-        if first:
-            yield first
-            yield from frames
-    except (OSError, ValueError, av.FFmpegError):
-        return
-
-
-SLACK = 0.5  # seconds that a video may lack: tables are in whole seconds, videos are not
-
-
-def cut_audio(path, start, end, sample_rate):
-    """First channel of `start` to `end` (seconds) of a video or audio file -> (S,) float32. Raises Unreadable.
-
-    Sample-accurate: frames lie where their time stamps say, decoding begins a second early for codecs that need a
-    run-up, and the resampling filter has no delay.
-    """
-    container, stream = opened(path, "audio")
-    with container:
-        rate = stream.rate
-        if not 1000 <= rate <= 1_000_000:
-            raise Unreadable(f"{path}: says it has {rate} samples a second; is its header damaged?")
-        wave, covered, at = np.zeros(round((end - start) * rate), np.float32), 0, None
-        for time, frame in decoded(container, stream, start - 1):
-            samples = frame.to_ndarray()                                             # (channels, n) or (1, channels·n)
-            samples = samples[0] if frame.format.is_planar else samples[0, ::frame.layout.nb_channels]
-            if samples.dtype.kind != "f":
-                middle = 128 if samples.dtype == np.uint8 else 0
-                samples = (samples.astype(np.float32) - middle) / (128 if middle else np.iinfo(samples.dtype).max + 1)
-            stamp = round((time - start) * rate)
-            at = stamp if at is None or abs(stamp - at) > 0.02 * rate else at  # stamps may be in whole milliseconds
-            first, last = max(at, 0), min(at + len(samples), len(wave))
-            if last > first:
-                wave[first:last] = samples[first - at:last - at]
-                covered += last - first
-            at += len(samples)
-            if at >= len(wave):
-                break
-        begins = float((stream.start_time or 0) * stream.time_base) - (container.start_time or 0) / av.time_base - start
-        wanted = len(wave) - max(0, round(begins * rate))  # a sound track that sets in late is silent before
-    if covered < wanted - SLACK * rate or not covered:
-        raise Unreadable(f"{path}: has {covered / rate:.1f} of {len(wave) / rate:g} s of sound from {start:g} s on")
-    return resample(torch.from_numpy(wave), rate, sample_rate)
-
-
-def cut_frames(path, times, side):
-    """The pictures shown at these times (seconds, ascending) -> list of PIL images, shorter side at most `side` pixels.
-
-    Raises Unreadable where a picture is missing; one that comes up to half a second late will do.
-    """
-    container, stream = opened(path, "video")
-    pictures, shown, shown_at, until = [], None, math.inf, -math.inf
-    with container:
-        for time, frame in decoded(container, stream, times[0]):
-            while len(pictures) < len(times) and shown_at <= times[len(pictures)] + SLACK < time + SLACK - 1e-4:
-                pictures.append(shown)
-            if len(pictures) == len(times):
-                break
-            shown, shown_at = frame, time
-            until = time + max(SLACK, float((frame.duration or 0) * stream.time_base))
-        while len(pictures) < len(times) and shown_at <= times[len(pictures)] + SLACK and times[len(pictures)] <= until:
-            pictures.append(shown)
-        if len(pictures) < len(times):
-            raise Unreadable(f"{path}: has no picture at {times[len(pictures)]:.1f} s")
-        images = [picture.to_image() for picture in pictures]
-    factor = side / min(images[0].size) if side else 1
-    if factor < 1:
-        size = [round(length * factor) for length in images[0].size]
-        images = [image.resize(size, Image.Resampling.BICUBIC) for image in images]
-    return images
-
-
-@dataclass(frozen=True)
-class Extraction:
-    """Cuts a segment out of its video: `audio/xx/{id}.wav`, `frames/xx/{id}_1.jpg` … 4 below `out`."""
-    out: Path
-    sample_rate: int    # Hz
-    side: int           # pixels of a frame's shorter side, 0 for as it is
-
-    def paths(self, segment):
-        """Where a segment's files go, relative to `out`: the WAV, four JPEGs. 4,000 folders share two million clips."""
-        place = f"{segment.video[:2]}/{segment.id}"
-        return f"audio/{place}.wav", [f"frames/{place}_{i}.jpg" for i in range(1, 5)]
-
-    def __call__(self, job):
-        """(segment, its files as from files_of) -> (status, reason): done, no pictures, unreadable or missing.
-
-        A file gets its name when it is whole, and the WAV comes last: where all are there, the clip is done.
-        """
-        segment, videos = job
-        audio, frames = self.paths(segment)
-        audio = self.out / audio
-        samples = round((segment.end - segment.start) * self.sample_rate)
-        there = audio.exists() and audio.stat().st_size == 44 + 2 * samples  # a WAV header and 16 bits a sample
-        if there and (self.out / frames[-1]).exists():
-            return "done", "extracted earlier"
-        best = ("no pictures", "extracted earlier") if there else ("missing", f"no {segment.video}.* among the videos")
-        for begins_there, video in videos:
-            offset = segment.start if begins_there else 0.0
-            status = self.cut(video, segment.start - offset, segment.end - offset, audio, frames)
-            if status[0] == "done":
-                return status
-            best = status if best[0] == "missing" or status[0] == "no pictures" else best
-        return best
-
-    def cut(self, video, start, end, audio, frames):
-        """Write the files of one clip, as far as the video has them -> (status, reason)."""
-        try:
-            wave = whatever_is_wrong(cut_audio, video, start, end, self.sample_rate).clamp(-1, 1)
-            rounded = (wave * 32_767).round()
-            if not wave.isfinite().all() or rounded.min() == rounded.max():
-                raise Unreadable(f"{video}: silent, or not finite, from {start:g} to {end:g} s")
-        except Unreadable as error:
-            return "unreadable", str(error)
-        status, reason = "done", ""
-        try:
-            times = [start + i * (end - start) / 3 for i in range(4)]  # §3.2.2: 4 equally spaced, both ends included
-            for name, image in zip(frames, whatever_is_wrong(cut_frames, video, times, self.side)):
-                write_whole(self.out / name, lambda path, image=image: image.save(path, "JPEG", quality=95))
-        except Unreadable as error:
-            status, reason = "no pictures", str(error)
-        write_whole(audio, lambda path: soundfile.write(path, wave.numpy(), self.sample_rate, "PCM_16", format="WAV"))
-        return status, reason
-
-
-def whatever_is_wrong(function, path, *args):
-    """function(path, *args), whose every error with that file is Unreadable: decoders fail in many ways."""
-    try:
-        return function(path, *args)
-    except (av.FFmpegError, AttributeError, ValueError, RuntimeError, ArithmeticError, LookupError,
-            MemoryError) as error:
-        if isinstance(error, Unreadable):
-            raise
-        raise Unreadable(f"{path}: {type(error).__name__}: {error}") from None
-
-
-def extract(table, videos, out, sample_rate=FrontEnd.sample_rate, side=224, workers=2):
-    """Cut a table's segments out of the videos below a folder; returns {status: count}.
-
-    Leaves `<split>.jsonl` (the index) and `<split>_report.csv` (a line a segment: id, status, reason) in `out`. Called
-    again it goes on where it was cut short, keeps what is there even if its video is gone, and tries again what was
-    missing or unreadable. Raises FileNotFoundError, ValueError (other settings than before, nothing found).
-    """
-    table, out = Path(table), Path(out)
-    segments, files = read_segments(table), by_video(find_files(videos, VIDEO))
-    split = {table: split for split, table in AUDIOSET_SPLITS.items()}.get(table.stem, table.stem)
-    names = class_names(table.parent) if (table.parent / CLASS_NAMES).exists() else {}
-    lock = Claim(out / f"{split}.lock")
-    note, made_with = out / "extract.json", json.dumps({"sample_rate": sample_rate, "side": side})
-    if note.exists() and note.read_text() != made_with:
-        raise ValueError(f"{out} was extracted with {note.read_text()}, not {made_with}; choose another --out")
-    write_whole(note, lambda path: path.write_text(made_with))
-    cut = Extraction(out, sample_rate, side)
-    jobs = [(segment, files_of(segment, files)) for segment in segments]
-    found, index, report = sum(bool(job[1]) for job in jobs), [], []
-    with tqdm(total=len(jobs), desc=f"{split}: {found} of {len(segments)} videos found", unit=" clips") as bar:
-        for (segment, _), (status, reason) in zip(jobs, in_processes(cut, jobs, workers)):
-            bar.update()
-            report.append((segment.id, status, reason))
-            if status == "unreadable":
-                bar.write(f"skipped: {reason}".encode(errors="backslashreplace").decode(), file=sys.stderr)
-            if status in ("done", "no pictures"):
-                audio, frames = cut.paths(segment)
-                row = {"id": segment.id, "audio": audio, "frames": frames if status == "done" else [],
-                       "labels": [names.get(mid, mid) for mid in segment.labels], "captions": list(segment.captions)}
-                row = {key: value for key, value in row.items() if value}
-                index.append(json.dumps(row, ensure_ascii=False) + "\n")
-
-    def save_report(path):
-        with open(path, "w", encoding="utf-8", newline="", errors="backslashreplace") as file:
-            csv.writer(file).writerows([("id", "status", "reason"), *report])
-
-    write_whole(out / f"{split}_report.csv", save_report)
-    counts = {status: sum(row[1] == status for row in report)
-              for status in ("done", "no pictures", "unreadable", "missing")}
-    summary = f"{len(segments)} segments: " + ", ".join(f"{count} {status}" for status, count in counts.items())
-    if not index:
-        raise ValueError(f"{summary}; reasons in {out / f'{split}_report.csv'}. Is {videos} the right folder?")
-    write_whole(out / f"{split}.jsonl", lambda path: path.write_text("".join(index), encoding="utf-8"))
-    lock.close()
-    print(f"{summary}\nindex {out / f'{split}.jsonl'}, reasons in {out / f'{split}_report.csv'}")
-    return counts
-
-
-# ----------------------------------------------------------------------------------- the pack
-
-class Pack:
-    """A dataset's sounds at one rate as 16-bit samples in one memory-mapped file: nothing is left to decode.
-
-    Made by `pack`. What a file of 16 bits at that rate holds is kept exactly, everything else is rounded to 16 bits.
-    """
-
-    def __init__(self, folder, front_end):
-        self.folder, self.front_end = Path(folder), front_end
-        self.paths = np.load(self.folder / "paths.npy", mmap_mode="r")                # (N,) bytes, sorted
-        self.starts = np.load(self.folder / "starts.npy", mmap_mode="r")              # (N + 1,)
-        self.waves = np.memmap(self.folder / "waves.i16", np.int16, "r")              # (all samples,)
-
-    def __reduce__(self):  # a worker process opens the files itself
-        return Pack, (self.folder, self.front_end)
-
-    def load(self, path):
-        """As FrontEnd.load, but int16. Raises Unreadable, Silent."""
-        name = os.path.relpath(path, self.folder.parent).encode()
-        at = int(np.searchsorted(self.paths, name))
-        if at == len(self.paths) or self.paths[at] != name or self.starts[at] == self.starts[at + 1]:
-            wave, length = self.front_end.load(path)
-            return sixteen_bit(wave), length
-        end = min(self.starts[at + 1], self.starts[at] + self.front_end.samples)
-        wave = np.array(self.waves[self.starts[at]:end])
-        if wave.min() == wave.max():
-            raise Silent(f"{path}: silent (every sample of its first {self.front_end.seconds:g} s is equal)")
-        return self.front_end.padded(torch.from_numpy(wave))
-
-
-def sixteen_bit(wave):
-    """Float32 in [-1, 1] -> the nearest int16."""
-    return (wave * 32768).round().clamp(-32768, 32767).to(torch.int16)
-
-
-def pack_one(path, sample_rate):
-    """A file's samples (S,) int16, or why it can't be read."""
-    try:
-        return sixteen_bit(load_audio(path, sample_rate))
-    except Unreadable as error:
-        return str(error)
-
-
-def stamp(path):
-    """Size and time of a file, (0, 0) where there is none."""
-    try:
-        stat = os.stat(path)
-        return stat.st_size, stat.st_mtime_ns
-    except OSError:
-        return 0, 0
-
-
-def pack(folder, clips, sample_rate, workers=2):
-    """Write the clips' sounds into <folder>/packed-<rate>, for training to read; goes on where it was cut short.
-
-    Returns the pack's folder, how many sounds it holds, how many could not be read. Raises ValueError where there is
-    a pack of other files, which may be all that is left of them.
-    """
-    out, whole = Path(folder) / f"packed-{sample_rate}", os.path.abspath(folder)
-    lock = Claim(out / "lock")
-    names = sorted({os.path.relpath(clip.audio, folder).encode() for clip in clips})
-    files = [os.path.normpath(os.path.join(whole, name.decode())) for name in names]
-    stamps, starts, known = np.array([stamp(path) for path in files], np.int64), out / "starts.npy", out / "stamps.npy"
-    if not known.exists():
-        out.mkdir(parents=True, exist_ok=True)
-        np.save(out / "paths.npy", np.array(names))
-        new_array(starts, np.int64, (len(names) + 1,))
-        np.load(starts, mmap_mode="r+")[1:] = -1
-        (out / "waves.i16").write_bytes(b"")
-        np.save(out / "new.npy", stamps)                                             # (N, 2)
-        os.replace(out / "new.npy", known)
-    if np.load(out / "paths.npy").tolist() != names or not ((stamps == 0) | (np.load(known) == stamps)).all():
-        raise ValueError(f"{out} was made of other files, or some have changed; delete it to make it anew")
-    starts = np.load(starts, mmap_mode="r+")
-    written = (out / "waves.i16").stat().st_size
-    (out / "digest").unlink(missing_ok=True)
-    done = int(((starts >= 0) & (2 * starts <= written)).sum()) - 1
-    starts[done + 1:] = -1
-    with (open(out / "waves.i16", "rb+") as file,
-          tqdm(total=len(names), initial=done, desc=str(out), unit=" clips") as bar):
-        file.truncate(2 * starts[done])  # what a killed run wrote beyond its last entry
-        file.seek(0, os.SEEK_END)
-        results = in_processes(partial(pack_one, sample_rate=sample_rate), files[done:], workers)
-        for i, result in enumerate(results, done):
-            if isinstance(result, str):
-                bar.write(f"skipped: {result}", file=sys.stderr)
-                result = torch.zeros(0, dtype=torch.int16)
-            file.write(result.numpy().tobytes())
-            file.flush()
-            starts[i + 1] = starts[i] + len(result)
-            bar.update()
-    if starts[-1] == 0:
-        shutil.rmtree(out)
-        raise ValueError(f"not one of {len(names)} sounds can be read")
-    starts.flush()
-    write_whole(out / "digest", lambda path: path.write_text(digest_of_tables(out)))
-    skipped = int((np.diff(starts) == 0).sum())
-    lock.close()
-    return out, len(names) - skipped, skipped
-
-
-def digest_of_tables(out):
-    """Of what says where a pack's sounds lie, which must be right to the last bit."""
-    tables = b"".join((out / f"{name}.npy").read_bytes() for name in ("paths", "starts", "stamps"))
-    return hashlib.sha256(tables).hexdigest()
-
-
-def sound_loader(folder, front_end):
-    """How training reads sounds: front_end.load, or the folder's pack where it has one at that rate.
-
-    Raises ValueError where the pack was cut short, or a file has changed since.
-    """
-    out = Path(folder) / f"packed-{front_end.sample_rate}"
-    if not (out / "stamps.npy").exists():
-        return front_end.load
-    try:
-        whole = (out / "digest").read_bytes() == digest_of_tables(out).encode()
-        whole = whole and (out / "waves.i16").stat().st_size == 2 * np.load(out / "starts.npy", mmap_mode="r")[-1]
-    except OSError:
-        whole = False
-    if not whole:
-        raise ValueError(f"{out} is not whole: run python data.py pack again, or delete it")
-    pack, whole = Pack(out, front_end), os.path.abspath(folder)
-    if os.environ.get("RANK", "0") == "0":
-        for name, then in zip(pack.paths, np.load(out / "stamps.npy").tolist()):
-            path = os.path.normpath(os.path.join(whole, name.decode()))
-            if stamp(path) not in ((0, 0), tuple(then)):  # a file that is gone has done its duty
-                raise ValueError(f"{path} has changed since {out} was made; delete that to read the files again")
-        print(f"{len(pack.paths)} sounds are read from {out}")
-    return pack.load
-
-
-# --------------------------------------------------------------------------------- statistics
-
-def sums(clip, front_end):
-    """A clip's log-mel values: (count, sum, sum of squares) as (3,) float64, or why it can't be read."""
-    try:
-        wave, length = front_end.load(clip.audio)
-    except Unreadable as error:
-        return str(error)
-    x = front_end(wave[None], torch.tensor([length])).double()                       # (1, 1, T, F), mean 0, std 1
-    return torch.stack([torch.tensor(x.numel(), dtype=torch.float64), x.sum(), x.square().sum()])
-
-
-def statistics(clips, front_end, workers=2):
-    """Mean and standard deviation of the clips' log-mel values as the encoder sees them, padding included.
-
-    Returns (mean, std, clips read). front_end's own mean and std are ignored. Raises ValueError if none can be read.
-    """
-    total, read = torch.zeros(3, dtype=torch.float64), 0
-    plain = replace(front_end, mean=0.0, std=1.0)
-    with tqdm(total=len(clips), desc="statistics", unit=" clips") as bar:
-        for result in in_processes(partial(sums, front_end=plain), clips, workers):
-            bar.update()
-            if isinstance(result, str):
-                bar.write(f"skipped: {result}", file=sys.stderr)
-            else:
-                total, read = total + result, read + 1
-    if not read:
-        raise ValueError(f"not one of {len(clips)} clips could be read")
-    count, first, second = total.tolist()
-    return first / count, math.sqrt(second / count - (first / count) ** 2), read
-
-
-# ------------------------------------------------------------------------------- the toy world
-# What shakespeare_char is to nanoGPT: sounding shapes. What a thing looks like (shape, colour, count) fixes what
-# it sounds like (timbre, pitch, pulses); position, size and background, loudness, detuning and noise vary freely.
-
-SHAPES = {"circle": "hum", "square": "buzz", "triangle": "rasp", "star": "chirp", "cross": "hiss", "ring": "warble"}
-COLOURS = {  # colour -> its RGB, its pitch and that pitch's frequency in Hz
-    "red": ((220, 40, 40), "deep", 200), "yellow": ((230, 210, 40), "low", 340),
-    "green": ((40, 180, 60), "mellow", 580), "blue": ((50, 80, 230), "high", 1000),
-    "purple": ((160, 50, 190), "shrill", 1700), "white": ((240, 240, 240), "piercing", 2900)}
-COUNTS = {"one": "once", "two": "twice", "three": "three times", "four": "four times"}
-THINGS = [(shape, colour, count) for shape in SHAPES for colour in COLOURS for count in range(1, 5)]  # 144
-TOY_RATE, TOY_IMAGE = 16_000, 64  # Hz, pixels
-
-
-def plural(shape, count):
-    return shape if count == 1 else shape + "es" if shape == "cross" else shape + "s"
-
-
-def vision_caption(thing, size, dark, rng):
-    """A caption as people write them for pictures: "two small red triangles"."""
-    shape, colour, count = thing
-    number = list(COUNTS)[count - 1]
-    shapes = plural(shape, count)
-    background = "dark" if dark else "bright"
-    return str(rng.choice([f"{number} {size} {colour} {shapes}", f"a photo of {number} {colour} {shapes}",
-                           f"{colour} {shapes} , {number} of them , on a {background} background",
-                           f"there are {number} {size} {colour} {shapes}"]))
-
-
-def audio_captions(thing, loud):
-    """Five captions as people write them for sounds: "a high rasp , twice"."""
-    shape, colour, count = thing
-    timbre, pitch, times = SHAPES[shape], COLOURS[colour][1], list(COUNTS.values())[count - 1]
-    loudness = "loud" if loud else "soft"
-    return [f"a {pitch} {timbre} , {times}", f"the sound of a {loudness} {pitch} {timbre} {times}",
-            f"{times} a {pitch} {timbre} is heard", f"a {loudness} {timbre} sounds {times} , {pitch}",
-            f"a {pitch} {timbre} repeats {times}" if count > 1 else f"a single {pitch} {timbre}"]
-
-
-def draw_thing(thing, radius, background, places):
-    """Picture of `count` shapes of one colour: a 64×64 PIL image. places: (count, 2) centres in pixels."""
-    shape, colour, _ = thing
-    image = Image.new("RGB", (TOY_IMAGE, TOY_IMAGE), background)
-    draw, fill = ImageDraw.Draw(image), COLOURS[colour][0]
-    for x, y in places:
-        box = (x - radius, y - radius, x + radius, y + radius)
-        if shape == "circle":
-            draw.ellipse(box, fill=fill)
-        elif shape == "ring":
-            draw.ellipse(box, outline=fill, width=max(2, int(radius / 3)))
-        elif shape == "square":
-            draw.rectangle(box, fill=fill)
-        elif shape == "cross":
-            draw.rectangle((x - radius, y - radius / 3, x + radius, y + radius / 3), fill=fill)
-            draw.rectangle((x - radius / 3, y - radius, x + radius / 3, y + radius), fill=fill)
-        else:  # a star is a polygon of ten corners, every second one drawn in; a triangle has three
-            corners = 3 if shape == "triangle" else 10
-            reach = [radius * (1.0 if corners == 3 or i % 2 == 0 else 0.4) for i in range(corners)]
-            angles = [2 * math.pi * i / corners - math.pi / 2 for i in range(corners)]
-            draw.polygon([(x + r * math.cos(a), y + r * math.sin(a)) for r, a in zip(reach, angles)], fill=fill)
-    return image
-
-
-def sound_thing(thing, loudness, rng):
-    """The thing's sound, 1 s: `count` pulses of its timbre and pitch in noise -> (16000,) float32."""
-    shape, colour, count = thing
-    time = np.arange(TOY_RATE) / TOY_RATE                                            # (S,) seconds
-    pitch = COLOURS[colour][2] * rng.uniform(0.94, 1.06)
-    pulse, since = np.divmod(time - rng.uniform(0, 0.1), 0.88 / count)   # which pulse, and seconds since it began
-    phase = 2 * np.pi * (pitch * since + rng.uniform())
-    if shape == "circle":
-        tone = np.sin(phase)
-    elif shape == "square":
-        tone = np.sign(np.sin(phase))
-    elif shape == "triangle":
-        tone = phase / np.pi % 2 - 1
-    elif shape == "star":        # sweeps up
-        tone = np.sin(phase * (1 + 3 * since))
-    elif shape == "cross":       # noise around the pitch
-        noise = np.fft.rfft(rng.standard_normal(TOY_RATE))
-        noise[np.abs(np.log(np.arange(1, len(noise) + 1) / pitch)) > 0.5] = 0
-        tone = np.fft.irfft(noise, TOY_RATE)
-        tone /= tone.std()
-    else:                        # vibrato
-        tone = np.sin(phase + pitch / 100 * np.sin(2 * np.pi * 20 * since))
-    envelope = np.clip(np.minimum(since / 0.01, (0.14 - since) / 0.03), 0, 1) * ((pulse >= 0) & (pulse < count))
-    wave = loudness * (0.5 * envelope * tone + 0.05 * rng.uniform(0.4, 2) * rng.standard_normal(TOY_RATE))
-    return np.clip(wave, -1, 1).astype(np.float32)
-
-
-def make_toy_clip(job, folder, seed):
-    """Write one clip's files; returns its index row. job: split and number, which with the seed fix everything."""
-    split, i = job
-    rng = np.random.default_rng((seed, sorted(TOY_SPLITS).index(split), i))
-    held_out = split in ("val", "test")
-    thing = THINGS[i % len(THINGS)] if held_out else THINGS[rng.integers(len(THINGS))]
-    radius, loudness = rng.uniform(8, 13), rng.uniform(0.1, 1)
-    size, dark = "small" if radius < 10.5 else "large", bool(rng.integers(2))
-    background = tuple(int(v) for v in rng.integers(0, 60, 3) + (0 if dark else 100))
-    cells = rng.permutation(4)[:thing[2]]                                            # quarters of the picture
-    start = np.stack([cells % 2, cells // 2], 1) * 32 + rng.uniform(14, 18, (thing[2], 2))
-    drift = rng.uniform(-2, 2, (thing[2], 2))
-    row = {"id": f"{split}_{i}", "frames": []}
-    for step in range(4 if split != "pairs" else 1):
-        row["frames"].append(f"frames/{split}_{i}_{step + 1}.jpg")
-        draw_thing(thing, radius, background, start + step * drift).save(folder / row["frames"][-1], quality=90)
-    if split == "pairs":  # the web's image-caption pairs: mostly about looks, some about sounds
-        texts = [*audio_captions(thing, loudness > 0.5), f"{COLOURS[thing[1]][1]} {SHAPES[thing[0]]}"]
-        row["captions"] = [str(rng.choice(texts)) if rng.uniform() < 0.4 else vision_caption(thing, size, dark, rng)]
-        return row
-    row["audio"] = f"audio/{split}_{i}.wav"
-    soundfile.write(folder / row["audio"], sound_thing(thing, loudness, rng), TOY_RATE, subtype="PCM_16")
-    row["labels"] = [f"{COLOURS[thing[1]][1]} {SHAPES[thing[0]]}"]
-    row["captions"] = audio_captions(thing, loudness > 0.5)
-    return row
-
-
-TOY_SPLITS = {"pairs": 8000, "train": 4000, "val": 144, "test": 144}
-TOY_GOLD = 1000  # training clips that gold.jsonl has a caption for
-
-
-def make_toy(folder, seed=0, splits=TOY_SPLITS, workers=2):
-    """The toy world as files under `folder`, in the index format that AudioSet is read in.
-
-    pairs.jsonl: image-caption pairs for the toy's CLIP, no sound. train.jsonl: clips without any caption.
-    gold.jsonl: some of those with one caption each, what AudioCaps is to AudioSet. ac.txt, vc.txt, fc.txt: captions
-    without clips. val.jsonl, test.jsonl: each of the 144 things once, with 5 captions.
-    """
-    folder = Path(folder)
-    partial_folder = folder.with_name(folder.name + ".partial")
-    lock = Claim(partial_folder / "lock")
-    for name in ("audio", "frames"):
-        shutil.rmtree(partial_folder / name, ignore_errors=True)
-        (partial_folder / name).mkdir()
-    jobs = [(split, i) for split, count in splits.items() for i in range(count)]
-    rows = list(tqdm(in_processes(partial(make_toy_clip, folder=partial_folder, seed=seed), jobs, workers),
-                     total=len(jobs), desc="toy world", unit=" clips"))
-    for split in splits:
-        with open(partial_folder / f"{split}.jsonl", "w") as file:
-            for row in (row for row, job in zip(rows, jobs) if job[0] == split):
-                shown = {key: value for key, value in row.items() if (split, key) != ("train", "captions")}
-                file.write(json.dumps(shown) + "\n")
-    rng = np.random.default_rng((seed, 1))
-    with open(partial_folder / "gold.jsonl", "w") as file:
-        for row, (split, i) in zip(rows, jobs):
-            if split == "train" and i < TOY_GOLD:
-                file.write(json.dumps(row | {"captions": [str(rng.choice(row["captions"]))]}) + "\n")
-    write_toy_pools(partial_folder, rng)
-    write_toy_vocabulary(partial_folder / "vocab.txt.gz")
-    lock.close()
-    os.replace(partial_folder, folder)
-
-
-def write_toy_pools(folder, rng):
-    """Captions without their clips, as curate.py mines them: of sounds (ac), of pictures (vc), made up (fc)."""
-    things = [THINGS[i] for i in rng.integers(len(THINGS), size=2000)]
-    sounds = [str(rng.choice(audio_captions(thing, rng.uniform() < 0.5))) for thing in things]
-    pictures = [vision_caption(thing, rng.choice(["small", "large"]), rng.uniform() < 0.5, rng) for thing in things]
-    made_up = [free_caption(rng) for _ in things]
-    for name, captions in (("ac", sounds), ("vc", pictures), ("fc", made_up)):
-        (folder / f"{name}.txt").write_text("".join(f"{caption}\n" for caption in captions))
-
-
-def free_caption(rng):
-    """What a language model that has read captions of pictures might write: their words, put together anew."""
-    one, other = (THINGS[i] for i in rng.integers(len(THINGS), size=2))
-    first, second = (f"{list(COUNTS)[count - 1]} {colour} {plural(shape, count)}"
-                     for shape, colour, count in (one, other))
-    return str(rng.choice([f"{first} and {second}", f"a picture of {first}", f"{first} next to {second}",
-                           f"there are {first} , {rng.choice(['small', 'large'])} and {other[1]}"]))
-
-
-def write_toy_vocabulary(path):
-    """A vocabulary in CLIP's format: byte-pair merges learned from the toy's captions until each word is one token."""
-    rng, words = np.random.default_rng(0), {}
-    for thing in THINGS:
-        texts = [vision_caption(thing, size, dark, rng)
-                 for size in ("small", "large") for dark in (0, 1) for _ in range(9)]
-        texts += [free_caption(rng) for _ in range(9)] + ["the sound of", "a photo of"]
-        for word in " ".join(texts + audio_captions(thing, True) + audio_captions(thing, False)).split():
-            words[word] = [*word[:-1], word[-1] + "</w>"]                            # its units so far
-    merges = []
-    while pairs := Counter(pair for units in words.values() for pair in itertools.pairwise(units)):
-        best = max(sorted(pairs), key=pairs.get)
-        merges.append(best)
-        for word, units in words.items():
-            merged = []
-            while units:
-                take = 2 if tuple(units[:2]) == best else 1
-                merged, units = [*merged, "".join(units[:take])], units[take:]
-            words[word] = merged
-    with gzip.open(path, "wt", encoding="utf-8") as file:
-        file.write("#version: toy\n" + "".join(f"{left} {right}\n" for left, right in merges))
 
 
 # ------------------------------------------------------------------------------------ commands
@@ -1310,6 +741,9 @@ def run(script):
 
 
 def main():
+    from prepare import extract, pack, statistics  # they import this file
+    from toy import TOY_SPLITS, make_toy
+
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="toy | extract | stats | pack")
     toy = commands.add_parser("toy", help="make the toy world", allow_abbrev=False)

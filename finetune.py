@@ -42,10 +42,10 @@ from data import (
     read_index,
     read_split,
     run,
-    sound_loader,
 )
 from evaluate import average_precision, ranking, retrieval_metrics, save_json, table
 from model import VisionTransformer
+from prepare import sound_loader
 from pretrain import (
     TOY,
     AudioLearner,

@@ -55,18 +55,18 @@ from data import (
     held_out_by_audiocaps,
     is_array,
     load_image,
-    make_toy,
     mask,
     new_array,
     read_index,
     read_split,
     run,
-    sound_loader,
     stamp,
     worker_starts,
     write_whole,
 )
 from model import CLIP, LARS, VisionTransformer, info_nce, parameter_groups, schedule
+from prepare import sound_loader
+from toy import make_toy
 
 # ------------------------------------------------------------------------------------ settings
 

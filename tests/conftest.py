@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from clip_load import Tokenizer
-from data import make_toy
 from model import CLIP
+from toy import make_toy
 
 torch.set_num_threads(1)
 

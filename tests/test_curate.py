@@ -14,15 +14,7 @@ from PIL import Image
 
 import curate
 from clip_load import load_clip
-from curate import (
-    Generation,
-    caption_pool,
-    clean,
-    generate,
-    mine,
-    top_captions,
-    union,
-)
+from curate import Generation, caption_pool, clean, generate, mine, top_captions, union
 from data import read_index
 
 

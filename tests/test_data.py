@@ -11,7 +11,6 @@ from PIL import Image
 from torchaudio.compliance import kaldi
 
 from data import (
-    THINGS,
     Clip,
     FrontEnd,
     Unreadable,
@@ -19,14 +18,13 @@ from data import (
     fbank,
     load_audio,
     load_image,
-    make_toy,
     mask,
-    pack,
     preprocess_image,
     read_index,
     read_split,
-    sound_loader,
 )
+from prepare import pack, sound_loader
+from toy import THINGS, make_toy
 
 
 def kaldi_fbank(wave, sample_rate):

@@ -20,9 +20,6 @@ from data import (
     FrontEnd,
     Unreadable,
     by_video,
-    cut_audio,
-    cut_frames,
-    extract,
     files_of,
     find_files,
     held_out_by_audiocaps,
@@ -32,9 +29,9 @@ from data import (
     read_index,
     read_segments,
     read_split,
-    statistics,
     youtube_id,
 )
+from prepare import cut_audio, cut_frames, extract, statistics
 
 A, B, C = "--abcdefghi", "bcdefghij_k", "Ycdefghijkl"  # ids as YouTube makes them: dashes, underscores, a leading Y
 

@@ -25,6 +25,7 @@ from PIL import Image
 import curate
 import data
 import evaluate
+import prepare
 import pretrain
 from clip_load import Tokenizer, import_vipant, load_clip
 from data import FrontEnd, Unreadable
@@ -81,7 +82,7 @@ def read_sound(path):
 
 
 def whole_sound(path):
-    return data.pack_one(path, 16_000)
+    return prepare.pack_one(path, 16_000)
 
 
 def pictures(folder, world):
@@ -243,7 +244,7 @@ def read_array(path):
 
 
 def packs(folder, world):
-    data.pack(folder, [data.Clip(str(i), path) for i, path in enumerate(map(str, sounds(folder, world)[:2]))], 16_000, 0)
+    prepare.pack(folder, [data.Clip(str(i), path) for i, path in enumerate(map(str, sounds(folder, world)[:2]))], 16_000, 0)
     return [path for path in sorted((folder / "packed-16000").iterdir()) if path.suffix != ".i16"]
 
 
@@ -254,7 +255,7 @@ def read_pack(path):
     for other in (path.parent.parent / "whole/packed-16000").iterdir():
         (place / other.name).write_bytes(other.read_bytes())
     path.rename(place / path.name.split("-")[-1])
-    load = data.sound_loader(place.parent, FrontEnd(16_000, 32, 50))
+    load = prepare.sound_loader(place.parent, FrontEnd(16_000, 32, 50))
     wave, length = load(str(place.parent / "a.wav"))
     assert wave.shape == (FrontEnd(16_000, 32, 50).samples,) and 0 < length <= len(wave)
     return wave.tolist()
@@ -268,10 +269,10 @@ def videos(folder, world):
 
 def read_video(path):
     segment = data.Segment(path.name[-15:].split(".")[0][-11:], 0.0, 2.5)
-    status, reason = data.Extraction(path.parent / "out", 16_000, 48)((segment, [(True, str(path))]))
+    status, reason = prepare.Extraction(path.parent / "out", 16_000, 48)((segment, [(True, str(path))]))
     if status not in ("done", "no pictures"):
         raise Unreadable(reason)
-    wave = data.load_audio(path.parent / "out" / data.Extraction(path.parent / "out", 16_000, 48).paths(segment)[0], 16_000)
+    wave = data.load_audio(path.parent / "out" / prepare.Extraction(path.parent / "out", 16_000, 48).paths(segment)[0], 16_000)
     assert len(wave) == 40_000
     return status
 

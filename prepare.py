@@ -1,0 +1,416 @@
+"""What is done to a dataset once: cut clips out of videos, pack sounds, find mean and standard deviation (§3.2.2).
+
+    python data.py extract --segments data/audioset/eval_segments.csv --videos VIDEOS
+    python data.py pack --data audioset
+    python data.py stats --data audioset
+
+S  samples of a waveform     N  sounds     T  frames of 10 ms     F  mel bins
+"""
+import csv
+import hashlib
+import itertools
+import json
+import math
+import os
+import shutil
+import sys
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import av
+import numpy as np
+import soundfile
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from data import (
+    AUDIOSET_SPLITS,
+    CLASS_NAMES,
+    VIDEO,
+    Claim,
+    FrontEnd,
+    Silent,
+    Unreadable,
+    by_video,
+    class_names,
+    files_of,
+    find_files,
+    in_processes,
+    load_audio,
+    new_array,
+    read_segments,
+    resample,
+    stamp,
+    write_whole,
+)
+
+# ------------------------------------------------------------------------- from videos to clips
+
+def opened(path, kind):
+    """Open a file with PyAV -> (container, its first stream of kind "audio" or "video"). Raises Unreadable."""
+    try:
+        container = av.open(f"file:{path}", metadata_errors="ignore")
+    except (OSError, av.FFmpegError) as error:
+        raise Unreadable(f"{path}: can't be opened ({error})") from None
+    streams = [stream for stream in container.streams if stream.type == kind and stream.codec_context]
+    if not streams:
+        container.close()
+        raise Unreadable(f"{path}: has no {'sound' if kind == 'audio' else 'pictures'}")
+    return container, streams[0]
+
+
+def decoded(container, stream, start):
+    """Frames of a stream from `start` (seconds from the file's own beginning) or a little earlier on: (time, frame).
+
+    Where the file is damaged the frames end; that a stretch came out short is the caller's to notice.
+    """
+    zero = (container.start_time or 0) / av.time_base
+    try:
+        for back in (0, 5, 20, math.inf):  # a container that has no index is entered anywhere
+            container.seek(max(0, int((max(0, start - back) + zero) / stream.time_base)), stream=stream)
+            frames = ((frame.time - zero, frame) for frame in container.decode(stream) if frame.time is not None)
+            if stream.type == "video" and back < math.inf:  # what comes before a key frame is not whole
+                frames = itertools.dropwhile(lambda found: not found[1].key_frame, frames)
+            first = next(frames, None)
+            if first is None or first[0] <= start or start <= back:
+                break
+        if first:
+            yield first
+            yield from frames
+    except (OSError, ValueError, av.FFmpegError):
+        return
+
+
+SLACK = 0.5  # seconds that a video may lack: tables are in whole seconds, videos are not
+
+
+def cut_audio(path, start, end, sample_rate):
+    """First channel of `start` to `end` (seconds) of a video or audio file -> (S,) float32. Raises Unreadable.
+
+    Sample-accurate: frames lie where their time stamps say, decoding begins a second early for codecs that need a
+    run-up, and the resampling filter has no delay.
+    """
+    container, stream = opened(path, "audio")
+    with container:
+        rate = stream.rate
+        if not 1000 <= rate <= 1_000_000:
+            raise Unreadable(f"{path}: says it has {rate} samples a second; is its header damaged?")
+        wave, covered, at = np.zeros(round((end - start) * rate), np.float32), 0, None
+        for time, frame in decoded(container, stream, start - 1):
+            samples = frame.to_ndarray()                                             # (channels, n) or (1, channels·n)
+            samples = samples[0] if frame.format.is_planar else samples[0, ::frame.layout.nb_channels]
+            if samples.dtype.kind != "f":
+                middle = 128 if samples.dtype == np.uint8 else 0
+                samples = (samples.astype(np.float32) - middle) / (128 if middle else np.iinfo(samples.dtype).max + 1)
+            stamp = round((time - start) * rate)
+            at = stamp if at is None or abs(stamp - at) > 0.02 * rate else at  # stamps may be in whole milliseconds
+            first, last = max(at, 0), min(at + len(samples), len(wave))
+            if last > first:
+                wave[first:last] = samples[first - at:last - at]
+                covered += last - first
+            at += len(samples)
+            if at >= len(wave):
+                break
+        begins = float((stream.start_time or 0) * stream.time_base) - (container.start_time or 0) / av.time_base - start
+        wanted = len(wave) - max(0, round(begins * rate))  # a sound track that sets in late is silent before
+    if covered < wanted - SLACK * rate or not covered:
+        raise Unreadable(f"{path}: has {covered / rate:.1f} of {len(wave) / rate:g} s of sound from {start:g} s on")
+    return resample(torch.from_numpy(wave), rate, sample_rate)
+
+
+def cut_frames(path, times, side):
+    """The pictures shown at these times (seconds, ascending) -> list of PIL images, shorter side at most `side` pixels.
+
+    Raises Unreadable where a picture is missing; one that comes up to half a second late will do.
+    """
+    container, stream = opened(path, "video")
+    pictures, shown, shown_at, until = [], None, math.inf, -math.inf
+    with container:
+        for time, frame in decoded(container, stream, times[0]):
+            while len(pictures) < len(times) and shown_at <= times[len(pictures)] + SLACK < time + SLACK - 1e-4:
+                pictures.append(shown)
+            if len(pictures) == len(times):
+                break
+            shown, shown_at = frame, time
+            until = time + max(SLACK, float((frame.duration or 0) * stream.time_base))
+        while len(pictures) < len(times) and shown_at <= times[len(pictures)] + SLACK and times[len(pictures)] <= until:
+            pictures.append(shown)
+        if len(pictures) < len(times):
+            raise Unreadable(f"{path}: has no picture at {times[len(pictures)]:.1f} s")
+        images = [picture.to_image() for picture in pictures]
+    factor = side / min(images[0].size) if side else 1
+    if factor < 1:
+        size = [round(length * factor) for length in images[0].size]
+        images = [image.resize(size, Image.Resampling.BICUBIC) for image in images]
+    return images
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """Cuts a segment out of its video: `audio/xx/{id}.wav`, `frames/xx/{id}_1.jpg` … 4 below `out`."""
+    out: Path
+    sample_rate: int    # Hz
+    side: int           # pixels of a frame's shorter side, 0 for as it is
+
+    def paths(self, segment):
+        """Where a segment's files go, relative to `out`: the WAV, four JPEGs. 4,000 folders share two million clips."""
+        place = f"{segment.video[:2]}/{segment.id}"
+        return f"audio/{place}.wav", [f"frames/{place}_{i}.jpg" for i in range(1, 5)]
+
+    def __call__(self, job):
+        """(segment, its files as from files_of) -> (status, reason): done, no pictures, unreadable or missing.
+
+        A file gets its name when it is whole, and the WAV comes last: where all are there, the clip is done.
+        """
+        segment, videos = job
+        audio, frames = self.paths(segment)
+        audio = self.out / audio
+        samples = round((segment.end - segment.start) * self.sample_rate)
+        there = audio.exists() and audio.stat().st_size == 44 + 2 * samples  # a WAV header and 16 bits a sample
+        if there and (self.out / frames[-1]).exists():
+            return "done", "extracted earlier"
+        best = ("no pictures", "extracted earlier") if there else ("missing", f"no {segment.video}.* among the videos")
+        for begins_there, video in videos:
+            offset = segment.start if begins_there else 0.0
+            status = self.cut(video, segment.start - offset, segment.end - offset, audio, frames)
+            if status[0] == "done":
+                return status
+            best = status if best[0] == "missing" or status[0] == "no pictures" else best
+        return best
+
+    def cut(self, video, start, end, audio, frames):
+        """Write the files of one clip, as far as the video has them -> (status, reason)."""
+        try:
+            wave = whatever_is_wrong(cut_audio, video, start, end, self.sample_rate).clamp(-1, 1)
+            rounded = (wave * 32_767).round()
+            if not wave.isfinite().all() or rounded.min() == rounded.max():
+                raise Unreadable(f"{video}: silent, or not finite, from {start:g} to {end:g} s")
+        except Unreadable as error:
+            return "unreadable", str(error)
+        status, reason = "done", ""
+        try:
+            times = [start + i * (end - start) / 3 for i in range(4)]  # §3.2.2: 4 equally spaced, both ends included
+            for name, image in zip(frames, whatever_is_wrong(cut_frames, video, times, self.side)):
+                write_whole(self.out / name, lambda path, image=image: image.save(path, "JPEG", quality=95))
+        except Unreadable as error:
+            status, reason = "no pictures", str(error)
+        write_whole(audio, lambda path: soundfile.write(path, wave.numpy(), self.sample_rate, "PCM_16", format="WAV"))
+        return status, reason
+
+
+def whatever_is_wrong(function, path, *args):
+    """function(path, *args), whose every error with that file is Unreadable: decoders fail in many ways."""
+    try:
+        return function(path, *args)
+    except (av.FFmpegError, AttributeError, ValueError, RuntimeError, ArithmeticError, LookupError,
+            MemoryError) as error:
+        if isinstance(error, Unreadable):
+            raise
+        raise Unreadable(f"{path}: {type(error).__name__}: {error}") from None
+
+
+def extract(table, videos, out, sample_rate=FrontEnd.sample_rate, side=224, workers=2):
+    """Cut a table's segments out of the videos below a folder; returns {status: count}.
+
+    Leaves `<split>.jsonl` (the index) and `<split>_report.csv` (a line a segment: id, status, reason) in `out`. Called
+    again it goes on where it was cut short, keeps what is there even if its video is gone, and tries again what was
+    missing or unreadable. Raises FileNotFoundError, ValueError (other settings than before, nothing found).
+    """
+    table, out = Path(table), Path(out)
+    segments, files = read_segments(table), by_video(find_files(videos, VIDEO))
+    split = {table: split for split, table in AUDIOSET_SPLITS.items()}.get(table.stem, table.stem)
+    names = class_names(table.parent) if (table.parent / CLASS_NAMES).exists() else {}
+    lock = Claim(out / f"{split}.lock")
+    note, made_with = out / "extract.json", json.dumps({"sample_rate": sample_rate, "side": side})
+    if note.exists() and note.read_text() != made_with:
+        raise ValueError(f"{out} was extracted with {note.read_text()}, not {made_with}; choose another --out")
+    write_whole(note, lambda path: path.write_text(made_with))
+    cut = Extraction(out, sample_rate, side)
+    jobs = [(segment, files_of(segment, files)) for segment in segments]
+    found, index, report = sum(bool(job[1]) for job in jobs), [], []
+    with tqdm(total=len(jobs), desc=f"{split}: {found} of {len(segments)} videos found", unit=" clips") as bar:
+        for (segment, _), (status, reason) in zip(jobs, in_processes(cut, jobs, workers)):
+            bar.update()
+            report.append((segment.id, status, reason))
+            if status == "unreadable":
+                bar.write(f"skipped: {reason}".encode(errors="backslashreplace").decode(), file=sys.stderr)
+            if status in ("done", "no pictures"):
+                audio, frames = cut.paths(segment)
+                row = {"id": segment.id, "audio": audio, "frames": frames if status == "done" else [],
+                       "labels": [names.get(mid, mid) for mid in segment.labels], "captions": list(segment.captions)}
+                row = {key: value for key, value in row.items() if value}
+                index.append(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def save_report(path):
+        with open(path, "w", encoding="utf-8", newline="", errors="backslashreplace") as file:
+            csv.writer(file).writerows([("id", "status", "reason"), *report])
+
+    write_whole(out / f"{split}_report.csv", save_report)
+    counts = {status: sum(row[1] == status for row in report)
+              for status in ("done", "no pictures", "unreadable", "missing")}
+    summary = f"{len(segments)} segments: " + ", ".join(f"{count} {status}" for status, count in counts.items())
+    if not index:
+        raise ValueError(f"{summary}; reasons in {out / f'{split}_report.csv'}. Is {videos} the right folder?")
+    write_whole(out / f"{split}.jsonl", lambda path: path.write_text("".join(index), encoding="utf-8"))
+    lock.close()
+    print(f"{summary}\nindex {out / f'{split}.jsonl'}, reasons in {out / f'{split}_report.csv'}")
+    return counts
+
+
+# ----------------------------------------------------------------------------------- the pack
+
+class Pack:
+    """A dataset's sounds at one rate as 16-bit samples in one memory-mapped file: nothing is left to decode.
+
+    Made by `pack`. What a file of 16 bits at that rate holds is kept exactly, everything else is rounded to 16 bits.
+    """
+
+    def __init__(self, folder, front_end):
+        self.folder, self.front_end = Path(folder), front_end
+        self.paths = np.load(self.folder / "paths.npy", mmap_mode="r")                # (N,) bytes, sorted
+        self.starts = np.load(self.folder / "starts.npy", mmap_mode="r")              # (N + 1,)
+        self.waves = np.memmap(self.folder / "waves.i16", np.int16, "r")              # (all samples,)
+
+    def __reduce__(self):  # a worker process opens the files itself
+        return Pack, (self.folder, self.front_end)
+
+    def load(self, path):
+        """As FrontEnd.load, but int16. Raises Unreadable, Silent."""
+        name = os.path.relpath(path, self.folder.parent).encode()
+        at = int(np.searchsorted(self.paths, name))
+        if at == len(self.paths) or self.paths[at] != name or self.starts[at] == self.starts[at + 1]:
+            wave, length = self.front_end.load(path)
+            return sixteen_bit(wave), length
+        end = min(self.starts[at + 1], self.starts[at] + self.front_end.samples)
+        wave = np.array(self.waves[self.starts[at]:end])
+        if wave.min() == wave.max():
+            raise Silent(f"{path}: silent (every sample of its first {self.front_end.seconds:g} s is equal)")
+        return self.front_end.padded(torch.from_numpy(wave))
+
+
+def sixteen_bit(wave):
+    """Float32 in [-1, 1] -> the nearest int16."""
+    return (wave * 32768).round().clamp(-32768, 32767).to(torch.int16)
+
+
+def pack_one(path, sample_rate):
+    """A file's samples (S,) int16, or why it can't be read."""
+    try:
+        return sixteen_bit(load_audio(path, sample_rate))
+    except Unreadable as error:
+        return str(error)
+
+
+def pack(folder, clips, sample_rate, workers=2):
+    """Write the clips' sounds into <folder>/packed-<rate>, for training to read; goes on where it was cut short.
+
+    Returns the pack's folder, how many sounds it holds, how many could not be read. Raises ValueError where there is
+    a pack of other files, which may be all that is left of them.
+    """
+    out, whole = Path(folder) / f"packed-{sample_rate}", os.path.abspath(folder)
+    lock = Claim(out / "lock")
+    names = sorted({os.path.relpath(clip.audio, folder).encode() for clip in clips})
+    files = [os.path.normpath(os.path.join(whole, name.decode())) for name in names]
+    stamps, starts, known = np.array([stamp(path) for path in files], np.int64), out / "starts.npy", out / "stamps.npy"
+    if not known.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        np.save(out / "paths.npy", np.array(names))
+        new_array(starts, np.int64, (len(names) + 1,))
+        np.load(starts, mmap_mode="r+")[1:] = -1
+        (out / "waves.i16").write_bytes(b"")
+        np.save(out / "new.npy", stamps)                                             # (N, 2)
+        os.replace(out / "new.npy", known)
+    if np.load(out / "paths.npy").tolist() != names or not ((stamps == 0) | (np.load(known) == stamps)).all():
+        raise ValueError(f"{out} was made of other files, or some have changed; delete it to make it anew")
+    starts = np.load(starts, mmap_mode="r+")
+    written = (out / "waves.i16").stat().st_size
+    (out / "digest").unlink(missing_ok=True)
+    done = int(((starts >= 0) & (2 * starts <= written)).sum()) - 1
+    starts[done + 1:] = -1
+    with (open(out / "waves.i16", "rb+") as file,
+          tqdm(total=len(names), initial=done, desc=str(out), unit=" clips") as bar):
+        file.truncate(2 * starts[done])  # what a killed run wrote beyond its last entry
+        file.seek(0, os.SEEK_END)
+        results = in_processes(partial(pack_one, sample_rate=sample_rate), files[done:], workers)
+        for i, result in enumerate(results, done):
+            if isinstance(result, str):
+                bar.write(f"skipped: {result}", file=sys.stderr)
+                result = torch.zeros(0, dtype=torch.int16)
+            file.write(result.numpy().tobytes())
+            file.flush()
+            starts[i + 1] = starts[i] + len(result)
+            bar.update()
+    if starts[-1] == 0:
+        shutil.rmtree(out)
+        raise ValueError(f"not one of {len(names)} sounds can be read")
+    starts.flush()
+    write_whole(out / "digest", lambda path: path.write_text(digest_of_tables(out)))
+    skipped = int((np.diff(starts) == 0).sum())
+    lock.close()
+    return out, len(names) - skipped, skipped
+
+
+def digest_of_tables(out):
+    """Of what says where a pack's sounds lie, which must be right to the last bit."""
+    tables = b"".join((out / f"{name}.npy").read_bytes() for name in ("paths", "starts", "stamps"))
+    return hashlib.sha256(tables).hexdigest()
+
+
+def sound_loader(folder, front_end):
+    """How training reads sounds: front_end.load, or the folder's pack where it has one at that rate.
+
+    Raises ValueError where the pack was cut short, or a file has changed since.
+    """
+    out = Path(folder) / f"packed-{front_end.sample_rate}"
+    if not (out / "stamps.npy").exists():
+        return front_end.load
+    try:
+        whole = (out / "digest").read_bytes() == digest_of_tables(out).encode()
+        whole = whole and (out / "waves.i16").stat().st_size == 2 * np.load(out / "starts.npy", mmap_mode="r")[-1]
+    except OSError:
+        whole = False
+    if not whole:
+        raise ValueError(f"{out} is not whole: run python data.py pack again, or delete it")
+    pack, whole = Pack(out, front_end), os.path.abspath(folder)
+    if os.environ.get("RANK", "0") == "0":
+        for name, then in zip(pack.paths, np.load(out / "stamps.npy").tolist()):
+            path = os.path.normpath(os.path.join(whole, name.decode()))
+            if stamp(path) not in ((0, 0), tuple(then)):  # a file that is gone has done its duty
+                raise ValueError(f"{path} has changed since {out} was made; delete that to read the files again")
+        print(f"{len(pack.paths)} sounds are read from {out}")
+    return pack.load
+
+
+# --------------------------------------------------------------------------------- statistics
+
+def sums(clip, front_end):
+    """A clip's log-mel values: (count, sum, sum of squares) as (3,) float64, or why it can't be read."""
+    try:
+        wave, length = front_end.load(clip.audio)
+    except Unreadable as error:
+        return str(error)
+    x = front_end(wave[None], torch.tensor([length])).double()                       # (1, 1, T, F), mean 0, std 1
+    return torch.stack([torch.tensor(x.numel(), dtype=torch.float64), x.sum(), x.square().sum()])
+
+
+def statistics(clips, front_end, workers=2):
+    """Mean and standard deviation of the clips' log-mel values as the encoder sees them, padding included.
+
+    Returns (mean, std, clips read). front_end's own mean and std are ignored. Raises ValueError if none can be read.
+    """
+    total, read = torch.zeros(3, dtype=torch.float64), 0
+    plain = replace(front_end, mean=0.0, std=1.0)
+    with tqdm(total=len(clips), desc="statistics", unit=" clips") as bar:
+        for result in in_processes(partial(sums, front_end=plain), clips, workers):
+            bar.update()
+            if isinstance(result, str):
+                bar.write(f"skipped: {result}", file=sys.stderr)
+            else:
+                total, read = total + result, read + 1
+    if not read:
+        raise ValueError(f"not one of {len(clips)} clips could be read")
+    count, first, second = total.tolist()
+    return first / count, math.sqrt(second / count - (first / count) ** 2), read
+
