@@ -229,7 +229,7 @@ def test_map_of_a_head_needs_logits_as_they_are(world):
     logits = torch.tensor([[1.0, 9.0], [2.0, 0.1]])
     learner.logits = lambda wave, length: logits
     clips = [Clip("0", "0", labels=("a",)), Clip("1", "1", labels=("b",))]
-    value, heard = measure_head(learner, clips, ["a", "b"], lambda path: (torch.zeros(3), 3), CPU, 0)
+    value, heard = measure_head(learner, LabelledSamples(clips, ["a", "b"], lambda path: (torch.zeros(3), 3)), CPU, 0)
     assert heard == 2 and value == pytest.approx(100 * (0.5 + 0.5) / 2)
 
 
