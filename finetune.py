@@ -125,16 +125,17 @@ def checkpoint_of(settings):
 
 
 def clip_of(settings, device):
-    """The CLIP whose texts and frames are the targets, the start's own -> model, paths of weights and vocabulary."""
+    """The CLIP whose texts and frames are the targets, the start's own -> model, its clip_identity."""
     weights, vocab, checkpoint = settings.clip, settings.vocab, checkpoint_of(settings)
     if checkpoint and weights == Training.clip:  # not said otherwise
         weights, vocab = checkpoint["clip"]["weights"], checkpoint["clip"]["vocab"]
     weights = cached(weights)
     clip = load_clip(weights, device)
-    if checkpoint and fingerprint(clip) != checkpoint["clip"]["fingerprint"]:
+    identity = clip_identity(clip, weights, vocab)
+    if checkpoint and identity["fingerprint"] != checkpoint["clip"]["fingerprint"]:
         raise ValueError(f"{weights}: not the CLIP that {settings.init} was trained against; name the right one "
                          f"with --clip")
-    return clip, str(weights), vocab
+    return clip, identity
 
 
 def starting_encoder(settings, clip):
@@ -147,11 +148,12 @@ def starting_encoder(settings, clip):
     if settings.init == "clip":
         return audio_encoder_from_clip(clip, settings.frames, settings.mels, strides), settings.front_end, None
     if settings.init == "random":
-        if settings.width < 64 or settings.width % 64:
-            raise ValueError(f"--width {settings.width}: must be a multiple of 64, the width of a head of attention")
+        heads = settings.width // 64
+        if not heads or settings.width % heads:
+            raise ValueError(f"--width {settings.width}: can't be cut into {heads} heads; take a multiple of 64")
         torch.manual_seed(settings.seed)
         encoder = VisionTransformer((settings.frames, settings.mels), settings.patch, strides, channels=1,
-                                    width=settings.width, layers=settings.layers, heads=settings.width // 64,
+                                    width=settings.width, layers=settings.layers, heads=heads,
                                     output_dim=clip.visual.config["output_dim"] if clip else 512)
         return encoder, settings.front_end, None
     checkpoint = checkpoint_of(settings)
@@ -181,7 +183,7 @@ def take_pairs(clips, count, seed):
     Raises ValueError where there are not so many.
     """
     pairs = [(i, caption) for i, clip in enumerate(clips) for caption in clip.captions]
-    if count > len(pairs):
+    if not 0 < count <= len(pairs):
         raise ValueError(f"--pairs {count}: there are {len(pairs)}")
     chosen = {}
     for at in np.random.default_rng(seed).permutation(len(pairs))[:count]:
@@ -254,22 +256,21 @@ def finetune_on_captions(settings, device):
     if not index.exists():
         raise FileNotFoundError(f"{index}: no pairs yet. Run: python curate.py --source {source}"
                                 + (f" --data {settings.data}" if settings.data else ""))
-    clip, weights, vocab = clip_of(settings, device)
-    tokenizer = Tokenizer(vocab, clip.context_length)
+    clip, made_with = clip_of(settings, device)
+    tokenizer = Tokenizer(made_with["vocab"], clip.context_length)
     clips, captions = pairs_of(index, settings)
-    place = folder / "banks"
-    banks = [caption_bank(place / f"{source}-texts-{fingerprint(clip)}", clips, captions, clip, tokenizer, device)]
+    place, made_by = folder / "banks", made_with["fingerprint"]
+    banks = [caption_bank(place / f"{source}-texts-{made_by}", clips, captions, clip, tokenizer, device)]
     if settings.objective == "vat":
-        banks.append(frame_bank(place / f"{source}-frames-{fingerprint(clip)}-{settings.pairs}-{settings.seed}", clips,
-                                clip, device, settings.workers))
+        banks.append(frame_bank(place / f"{source}-frames-{made_by}-{settings.pairs}-{settings.seed}", clips, clip,
+                                device, settings.workers))
     encoder, front_end, log_scale = starting_encoder(settings, clip)
     learner = AudioLearner(encoder, front_end).requires_grad_(True)
     if log_scale is not None:
         learner.log_scale.data.copy_(log_scale)
     name = f"{settings.objective}-{source}" + (f"-{settings.pairs}" if settings.pairs else "")
     settings = replace(settings, out=settings.out or f"out/{folder.name}/{name}")
-    identity = identity_of("finetune", clips, settings, encoder, front_end)
-    identity["clip"] = clip_identity(clip, weights, vocab)
+    identity = identity_of("finetune", clips, settings, encoder, front_end) | {"clip": made_with}
     if ranks()[0] == 0:
         print(f"{index}: {len(clips)} clips, {sum(len(c.captions) for c in clips)} pairs -> {settings.out}")
     samples = AudioSamples(clips, banks, sound_loader(folder, front_end))
@@ -420,7 +421,7 @@ def finetune_on_labels(settings, device):
     began, (folder, labels, rounds) = time.time(), rounds_of(settings)
     multi_label = settings.head.startswith("audioset")
     measure = "mAP" if multi_label else "accuracy"
-    clip, weights, _ = clip_of(settings, device) if settings.init == "clip" else (None, "", "")
+    clip, made_with = clip_of(settings, device) if settings.init == "clip" else (None, {"weights": ""})
     start, front_end, _ = starting_encoder(settings, clip)
     start_name = Path(settings.init).parent.name if "/" in settings.init else settings.init
     out = Path(settings.out or f"out/{folder.name}/head-{settings.head}-{start_name}"
@@ -437,7 +438,7 @@ def finetune_on_labels(settings, device):
         train_samples = LabelledSamples(training, labels, load, settings.mixup)
         test_samples = LabelledSamples(test, labels, load)
         identity = identity_of("head", training, settings, encoder, front_end)
-        identity |= {"labels": labels, "clip": {"weights": weights}}
+        identity |= {"labels": labels, "clip": {"weights": made_with["weights"]}}
 
         def validate(learner, test_samples=test_samples):
             return {measure: measure_head(learner, test_samples, device, workers)[0]}
