@@ -259,10 +259,10 @@ def finetune_on_captions(settings, device):
     clip, made_with = clip_of(settings, device)
     tokenizer = Tokenizer(made_with["vocab"], clip.context_length)
     clips, captions = pairs_of(index, settings)
-    place, made_by = folder / "banks", made_with["fingerprint"]
-    banks = [caption_bank(place / f"{source}-texts-{made_by}", clips, captions, clip, tokenizer, device)]
+    place, mark = folder / "banks", made_with["fingerprint"]
+    banks = [caption_bank(place / f"{source}-texts-{mark}", clips, captions, clip, tokenizer, device)]
     if settings.objective == "vat":
-        banks.append(frame_bank(place / f"{source}-frames-{made_by}-{settings.pairs}-{settings.seed}", clips, clip,
+        banks.append(frame_bank(place / f"{source}-frames-{mark}-{settings.pairs}-{settings.seed}", clips, clip,
                                 device, settings.workers))
     encoder, front_end, log_scale = starting_encoder(settings, clip)
     learner = AudioLearner(encoder, front_end).requires_grad_(True)
@@ -426,16 +426,16 @@ def finetune_on_labels(settings, device):
     start_name = Path(settings.init).parent.name if "/" in settings.init else settings.init
     out = Path(settings.out or f"out/{folder.name}/head-{settings.head}-{start_name}"
                + (f"-last{settings.last_layers}" if settings.last_layers >= 0 else ""))
-    load, workers, clips = sound_loader(folder, front_end), settings.workers, sum(map(len, next(iter(rounds.values()))))
-    if 4 * front_end.samples * clips * max(1, workers) * ranks()[1] < 4e9:  # bytes in all processes
-        load, workers = Remember(load), 0  # what this process remembers is free
+    load, workers, count = sound_loader(folder, front_end), settings.workers, sum(map(len, next(iter(rounds.values()))))
+    if 4 * front_end.samples * count * max(1, workers) * ranks()[1] < 4e9:  # bytes in all processes
+        load, workers = Remember(load), 0  # 0: for measuring, what this process remembers is free
     results = {}
     for name, (training, test) in rounds.items():
         place = out / name.replace(" ", "")
         encoder = copy.deepcopy(start)  # each round starts anew
         torch.manual_seed(settings.seed)
         learner = HeadLearner(encoder, front_end, len(labels), multi_label, settings.last_layers)
-        train_samples = LabelledSamples(training, labels, load, settings.mixup)
+        samples = LabelledSamples(training, labels, load, settings.mixup)
         test_samples = LabelledSamples(test, labels, load)
         identity = identity_of("head", training, settings, encoder, front_end)
         identity |= {"labels": labels, "clip": {"weights": made_with["weights"]}}
@@ -445,7 +445,7 @@ def finetune_on_labels(settings, device):
 
         if ranks()[0] == 0:
             print(f"{name}: {len(training)} clips train, {len(test)} test -> {place}")
-        train(learner, train_samples, replace(settings, out=str(place)), identity, validate, device)
+        train(learner, samples, replace(settings, out=str(place)), identity, validate, device)
         results[name], heard = measure_head(learner.eval(), test_samples, device, workers)
         if ranks()[0] == 0:
             print(f"{name}: {measure} {results[name]:.1f} % on {heard} of {len(test)} clips")
