@@ -7,6 +7,7 @@
 C, D, (h, w), T, F as in model.py; N texts of length L.
 """
 import argparse
+import functools
 import gzip
 import hashlib
 import html
@@ -15,12 +16,12 @@ import itertools
 import math
 import os
 import pickle
-import sys
 import urllib.error
 import urllib.request
 import zipfile
 import zlib
 from collections import OrderedDict
+from dataclasses import asdict
 from pathlib import Path
 
 import ftfy
@@ -29,19 +30,19 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from data import FrontEnd, run
 from model import CLIP, VisionTransformer
 
 CACHE = Path.home() / ".cache" / "clip"
-MODELS = {  # name -> address; its second-last part is the file's SHA-256
-    "ViT-B/32": "https://openaipublic.azureedge.net/clip/models/"
-                "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
-    "ViT-B/16": "https://openaipublic.azureedge.net/clip/models/"
-                "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt",
-    "ViT-L/14": "https://openaipublic.azureedge.net/clip/models/"
-                "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt",
+ADDRESS = "https://openaipublic.azureedge.net/clip/models"
+MODELS = {  # name -> SHA-256 of its file, which is also the file's folder there
+    "ViT-B/32": "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
+    "ViT-B/16": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
+    "ViT-L/14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
 }
 VOCABULARY = "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz"
 VOCABULARY_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
+VOCABULARY_PATH = CACHE / VOCABULARY.rsplit("/", 1)[1]
 VOCABULARY_MERGES = 49152 - 256 - 2  # CLIP uses the first so many lines of a longer file
 
 
@@ -87,35 +88,32 @@ class Tokenizer:
         self.vocab_size = len(units)
         self.start, self.end = self.ids["<|startoftext|>"], self.ids["<|endoftext|>"]
         self.rank = {merge: i for i, merge in enumerate(merges)}
-        self.cache = {"<|startoftext|>": [self.start], "<|endoftext|>": [self.end]}
+        self.encode_word = functools.lru_cache(100_000)(self.encode_word)  # bounded: a search box is fed by strangers
 
     def encode_word(self, word):
         """One word -> ids: start from bytes, then apply the most frequent merge there is, until there is none."""
-        if word not in self.cache:
-            units = [self.symbols[byte] for byte in word.encode("utf-8")]
-            units[-1] += "</w>"
-            while len(units) > 1:
-                rank, at = min((self.rank.get(pair, math.inf), i) for i, pair in enumerate(itertools.pairwise(units)))
-                if rank == math.inf:
-                    break
-                best, merged = (units[at], units[at + 1]), []
-                while units:  # every occurrence of that pair, from the left
-                    take = 2 if tuple(units[:2]) == best else 1
-                    merged.append("".join(units[:take]))
-                    units = units[take:]
-                units = merged
-            if len(self.cache) > 100_000:  # a search box is fed by strangers
-                return [self.ids[unit] for unit in units]
-            self.cache[word] = [self.ids[unit] for unit in units]
-        return self.cache[word]
+        if word in ("<|startoftext|>", "<|endoftext|>"):
+            return [self.ids[word]]
+        units = [self.symbols[byte] for byte in word.encode("utf-8")]
+        units[-1] += "</w>"
+        while len(units) > 1:
+            best = min(itertools.pairwise(units), key=lambda pair: self.rank.get(pair, math.inf))
+            if best not in self.rank:
+                break
+            merged = []
+            while units:  # every occurrence of that pair, from the left
+                take = 2 if tuple(units[:2]) == best else 1
+                merged.append("".join(units[:take]))
+                units = units[take:]
+            units = merged
+        return [self.ids[unit] for unit in units]
 
     def encode(self, text):
         """One text -> ids, start- and end-of-text included, of any length."""
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
-        text = " ".join(text.split()).lower()
-        ids = [self.start, *(i for word in self.WORDS.findall(text)
-               for i in self.encode_word(word[:1000])), self.end]  # no context holds a longer word
-        return ids[:ids.index(self.end) + 1]  # the model reads the feature at the first end: what follows is unseen
+        words = self.WORDS.findall(" ".join(text.split()).lower())
+        ids = [self.start, *(i for word in words for i in self.encode_word(word[:1000])), self.end]  # of a longer word
+        return ids[:ids.index(self.end) + 1]  # no context holds more; what follows the first end the model never sees
 
     def __call__(self, texts):
         """Texts -> (N, context length) int64, zero-padded. A longer text is cut and keeps its end-of-text."""
@@ -124,7 +122,7 @@ class Tokenizer:
         for row, text in zip(tokens, texts):
             ids = self.encode(text)
             if len(ids) > self.context_length:
-                ids = ids[:self.context_length - 1] + [self.end]
+                ids[self.context_length - 1:] = [self.end]
             row[:len(ids)] = torch.tensor(ids)
         return tokens
 
@@ -145,31 +143,32 @@ def download(url, path, digest):
     """
     path = Path(path)
     if path.exists():
-        if sha256(path) == digest:
-            return path
-        raise ValueError(f"{path}: SHA-256 is not {digest}; delete the file and run: python clip_load.py")
+        if sha256(path) != digest:
+            raise ValueError(f"{path}: SHA-256 is not {digest}; delete the file and run: python clip_load.py")
+        return path
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    total = 0
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
-            resumed = answer.status == 206  # a server that can't resume sends the whole file with 200
-            total = int(answer.headers.get("Content-Length") or 0) + (have if resumed else 0)
-            with open(part, "ab" if resumed else "wb") as file, \
-                    tqdm(total=total, initial=have if resumed else 0, unit="B", unit_scale=True, desc=path.name) as bar:
+            if answer.status != 206:  # a server that can't resume sends the whole file
+                have = 0
+            total = have + int(answer.headers.get("Content-Length") or 0)
+            with open(part, "ab" if have else "wb") as file, \
+                    tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=path.name) as bar:
                 while block := answer.read(1 << 20):
                     file.write(block)
                     bar.update(len(block))
+                    have += len(block)
+            if have < total:
+                raise ConnectionError("the connection ended early")
     except urllib.error.HTTPError as error:
         if error.code != 416:  # 416: all bytes were already here
             raise ConnectionError(f"{url}: {error}") from None
     except (OSError, http.client.HTTPException) as error:
         raise ConnectionError(f"{url}: {error}; run the same command again to go on, or put the file at {path} "
                               f"by other means") from None
-    if total and part.stat().st_size < total:
-        raise ConnectionError(f"{url}: the connection ended early; run the same command again to go on")
     if sha256(part) != digest:
         part.unlink()
         raise ValueError(f"{url}: what arrived does not have SHA-256 {digest}; it was deleted")
@@ -177,13 +176,17 @@ def download(url, path, digest):
     return path
 
 
-def cached(name):
-    """Path of a model of OpenAI's in the cache. Raises FileNotFoundError, ValueError (hash)."""
-    url = MODELS[name]
-    path = CACHE / url.rsplit("/", 1)[1]
-    if not path.exists():
+def cached(name, fetch=False):
+    """Path of CLIP's weights: a model of OpenAI's, in the cache and verified; any other name is a path already.
+
+    With `fetch`, what is not there is downloaded. Raises FileNotFoundError, ConnectionError, ValueError (hash).
+    """
+    if name not in MODELS:
+        return name
+    path = CACHE / f"{name.replace('/', '-')}.pt"
+    if not (fetch or path.exists()):
         raise FileNotFoundError(f"{path}: CLIP's weights are not here yet. Run: python clip_load.py --model {name}")
-    return download(url, path, url.split("/")[-2])
+    return download(f"{ADDRESS}/{MODELS[name]}/{path.name}", path, MODELS[name])
 
 
 # ------------------------------------------------------------------------------------- weights
@@ -200,20 +203,16 @@ class Record:
         record.state = {}
         return record
 
-    def __init__(self, *args, **kwargs):
-        pass
-
     def __setstate__(self, state):
         self.state = state if isinstance(state, dict) else {"state": state}
 
     def __setitem__(self, key, value):
         self.state[key] = value
 
-    def append(self, value):
-        pass
-
     def extend(self, values):
         pass
+
+    append = extend
 
 
 STORAGES = {name + "Storage": dtype for name, dtype in {
@@ -305,11 +304,10 @@ def load_clip(path, device="cpu"):
     Every size is read off the tensors' shapes, so any ViT loads. Raises FileNotFoundError, ValueError.
     """
     content = read_archive(path)
-    state = tensors_of(content) if isinstance(content, Record) else content
-    for extra in ("input_resolution", "context_length", "vocab_size"):  # OpenAI's file carries them along
-        if isinstance(state, dict):
-            state.pop(extra, None)
     try:
+        state = tensors_of(content) if isinstance(content, Record) else dict(content)
+        for extra in ("input_resolution", "context_length", "vocab_size"):  # OpenAI's file carries them along
+            state.pop(extra, None)
         C, _, patch, _ = state["visual.conv1.weight"].shape
         vocab_size, text_width = state["token_embedding.weight"].shape
         clip = CLIP(image_size=patch * math.isqrt(len(state["visual.positional_embedding"]) - 1), patch=patch,
@@ -317,7 +315,7 @@ def load_clip(path, device="cpu"):
                     context_length=len(state["positional_embedding"]), vocab_size=vocab_size, text_width=text_width,
                     text_layers=count_blocks(state, "transformer."), output_dim=state["text_projection"].shape[1])
         clip.load_state_dict(state)
-    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+    except BROKEN as error:
         raise ValueError(f"{path}: not the weights of a CLIP with a ViT ({type(error).__name__}: {error})") from None
     return clip.float().eval().requires_grad_(False).to(device)
 
@@ -335,6 +333,12 @@ def fingerprint(module):
     return digest.hexdigest()[:16]
 
 
+def clip_identity(clip, weights, vocab):
+    """What a checkpoint says of the CLIP that it was trained against, and of the files that this CLIP came from."""
+    return {"weights": str(Path(weights).resolve()), "vocab": str(Path(vocab).resolve()),
+            "fingerprint": fingerprint(clip)}
+
+
 # -------------------------------------------------------------------- the eye becomes an ear (Fig. 4)
 
 def resize_positions(pos, grid, new_grid):
@@ -349,28 +353,31 @@ def blank_audio_encoder(clip, frames=1000, mels=128, stride=(16, 24)):
     return VisionTransformer(**(clip.visual.config | {"input_size": (frames, mels), "stride": stride, "channels": 1}))
 
 
+def inherit(encoder, state, grid):
+    """Load weights whose positions are those of another grid into an encoder; returns it, where the weights are."""
+    positions = resize_positions(state["positional_embedding"], grid, encoder.grid)
+    encoder.load_state_dict(state | {"positional_embedding": positions})
+    return encoder.to(positions.device)
+
+
 def audio_encoder_from_clip(clip, frames=1000, mels=128, stride=(16, 24)):
     """CLIP's visual tower with the paper's three changes, (B, 1, T, F) -> (B, D) (§3.2.1)."""
-    encoder = blank_audio_encoder(clip, frames, mels, stride)     # 1. patches overlap: stride below the kernel's size
-    state = dict(clip.visual.state_dict())
-    state["conv1.weight"] = state["conv1.weight"].mean(1, keepdim=True)              # 2. (C, 3, P, P) -> (C, 1, P, P)
-    state["positional_embedding"] = resize_positions(state["positional_embedding"],  # 3. 7×7 -> 61×5
-                                                     clip.visual.grid, encoder.grid)
-    encoder.load_state_dict(state)
-    return encoder.to(state["proj"].device)
+    encoder = blank_audio_encoder(clip, frames, mels, stride)  # 1. patches overlap: stride below the kernel's size
+    kernel = clip.visual.conv1.weight.mean(1, keepdim=True)    # 2. averaged over colours: (C, 3, P, P) -> (C, 1, P, P)
+    state = clip.visual.state_dict() | {"conv1.weight": kernel}
+    return inherit(encoder, state, clip.visual.grid)           # 3. positions 7×7 -> 61×5
 
 
 def lengthen(encoder, frames):
     """The same audio encoder for inputs of another number of frames: its positions resized again (App. D)."""
     longer = VisionTransformer(**(encoder.config | {"input_size": (frames, encoder.input_size[1])}))
-    state = dict(encoder.state_dict())
-    state["positional_embedding"] = resize_positions(state["positional_embedding"], encoder.grid, longer.grid)
-    longer.load_state_dict(state)
-    return longer.to(state["proj"].device)
+    return inherit(longer, encoder.state_dict(), encoder.grid)
 
+
+# --------------------------------------------------------------------- the authors' checkpoints
 
 AUTHORS = {"encoder.": "transformer.", "pre_encoder.ln.": "ln_pre.", "pre_encoder.": "", "post_encoder.ln.": "ln_post.",
-           "post_encoder.": "", "misc.": ""}  # how their audio head names what CLIP's visual tower names
+           "post_encoder.": "", "misc.": "", "": ""}  # how their audio head names what CLIP's visual tower names
 
 
 def import_vipant(path, clip, mels=128, stride=(16, 24)):
@@ -385,8 +392,8 @@ def import_vipant(path, clip, mels=128, stride=(16, 24)):
         image, audio, _, loss = content["model"]
         state = {}
         for key, value in audio.items():
-            old = next((prefix for prefix in AUTHORS if key.startswith(prefix)), "")
-            state[AUTHORS.get(old, "") + key[len(old):]] = value.float()
+            prefix = next(prefix for prefix in AUTHORS if key.startswith(prefix))
+            state[AUTHORS[prefix] + key[len(prefix):]] = value.float()
         state["conv1.weight"] = state["conv1.weight"].mean(1, keepdim=True)          # (C, 3, P, P) -> (C, 1, P, P)
         C, _, patch, _ = state["conv1.weight"].shape
         rows = (len(state["positional_embedding"]) - 1) // ((mels - patch) // stride[1] + 1)
@@ -400,19 +407,30 @@ def import_vipant(path, clip, mels=128, stride=(16, 24)):
         if not all(value.isfinite().all() for value in learner.values()):
             raise ValueError("its weights are not finite")
         eye, visual = image.get("post_encoder.proj"), clip.visual
-        sizes = (visual.config["patch"], visual.config["width"], visual.proj.shape[1])
-        if (patch, C, encoder.proj.shape[1]) != sizes or (
+        if (patch, C, encoder.proj.shape) != (visual.config["patch"], visual.config["width"], visual.proj.shape) or (
                 eye is not None and not torch.allclose(eye.float(), visual.proj.cpu(), atol=1e-3)):
             raise ValueError("it was trained against another CLIP; name its weights with --clip")
-    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, IndexError) as error:
+    except BROKEN as error:
         raise ValueError(f"{path}: not a checkpoint of the authors' ({type(error).__name__}: {error})") from None
     if eye is None:
         print(f"{path} does not hold the CLIP it was trained against; that it was this one can't be verified")
-    front_end = {"sample_rate": 44_100, "mels": mels, "frames": frames, "mean": -4.93839311, "std": 5.75751113}
-    return {"encoder": encoder.config, "learner": learner, "front_end": front_end}
+    return {"encoder": encoder.config, "learner": learner, "front_end": asdict(FrontEnd(mels=mels, frames=frames))}
 
 
 # ------------------------------------------------------------------------------------ commands
+
+def import_theirs(theirs, ours, clip, vocab):
+    """Write a checkpoint of the authors' as one of ours; clip: a name of OpenAI's or a path."""
+    from pretrain import save_checkpoint, versions  # pretrain.py imports this file
+    weights = cached(clip)
+    clip = load_clip(weights)
+    content = import_vipant(theirs, clip)
+    save_checkpoint(ours, content | {
+        "stage": "pretrain", "step": 0, "steps": 0, "settings": {"init": "clip", "imported": theirs},
+        "versions": versions(), "clip": clip_identity(clip, weights, vocab)})
+    print(f"{ours}: audio encoder of {content['front_end']['frames'] / 100:g} s; "
+          f"next: python evaluate.py --task all --checkpoint {ours}")
+
 
 def main():
     parser = argparse.ArgumentParser(description="Download OpenAI's CLIP weights and vocabulary, verified.",
@@ -423,23 +441,13 @@ def main():
     command.add_argument("theirs", help="their file, for example 00071478.pth")
     command.add_argument("ours", help="the checkpoint to write, for example out/authors.pt")
     command.add_argument("--clip", default="ViT-B/32", help="the CLIP it was trained against (ViT-B/32)")
-    command.add_argument("--vocab", default=str(CACHE / VOCABULARY.rsplit("/", 1)[1]), help="the tokenizer's")
+    command.add_argument("--vocab", default=str(VOCABULARY_PATH), help="the tokenizer's")
     args = parser.parse_args()
     if args.command == "import-vipant":
-        from pretrain import save_checkpoint, versions  # pretrain.py imports this file
-        weights = cached(args.clip) if args.clip in MODELS else args.clip
-        clip = load_clip(weights)
-        theirs = import_vipant(args.theirs, clip)
-        save_checkpoint(args.ours, theirs | {
-            "stage": "pretrain", "step": 0, "steps": 0, "settings": {"init": "clip", "imported": args.theirs},
-            "versions": versions(), "clip": {"weights": str(Path(weights).resolve()), "fingerprint": fingerprint(clip),
-                                             "vocab": str(Path(args.vocab).resolve())}})
-        print(f"{args.ours}: audio encoder of {theirs['front_end']['frames'] / 100:g} s; "
-              f"next: python evaluate.py --task all --checkpoint {args.ours}")
+        import_theirs(args.theirs, args.ours, args.clip, args.vocab)
         return
-    url = MODELS[args.model]
-    weights = download(url, CACHE / url.rsplit("/", 1)[1], url.split("/")[-2])
-    vocabulary = download(VOCABULARY, CACHE / VOCABULARY.rsplit("/", 1)[1], VOCABULARY_SHA256)
+    weights = cached(args.model, fetch=True)
+    vocabulary = download(VOCABULARY, VOCABULARY_PATH, VOCABULARY_SHA256)
     clip, tokenizer = load_clip(weights), Tokenizer(vocabulary)
     print(f"{weights}: {sum(p.numel() for p in clip.parameters()) / 1e6:.0f} M parameters, "
           f"images {clip.image_size}×{clip.image_size}, {clip.text_projection.shape[1]} dimensions, verified")
@@ -448,7 +456,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        sys.exit(f"clip_load.py: {error}")
+    run(main)

@@ -11,6 +11,7 @@ The loop is pretrain.py's; here are other targets (a bank of captions), another 
 
 B  clips on this rank     D  embedding     K  classes     N  clips
 """
+import copy
 import json
 import math
 import subprocess
@@ -25,10 +26,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from clip_load import (
-    MODELS,
     Tokenizer,
     audio_encoder_from_clip,
     cached,
+    clip_identity,
     fingerprint,
     load_clip,
 )
@@ -118,46 +119,60 @@ PRESETS = {
 
 # --------------------------------------------------------------------------------- the start
 
+def checkpoint_of(settings):
+    """The checkpoint that fine-tuning starts from; None where it starts from CLIP's weights or from random ones."""
+    return None if settings.init in ("clip", "random") else load_checkpoint(settings.init, ["pretrain", "finetune"])
+
+
+def clip_of(settings, device):
+    """The CLIP whose texts and frames are the targets, the start's own -> model, its clip_identity."""
+    weights, vocab, checkpoint = settings.clip, settings.vocab, checkpoint_of(settings)
+    if checkpoint and weights == Training.clip:  # not said otherwise
+        weights, vocab = checkpoint["clip"]["weights"], checkpoint["clip"]["vocab"]
+    weights = cached(weights)
+    clip = load_clip(weights, device)
+    identity = clip_identity(clip, weights, vocab)
+    if checkpoint and identity["fingerprint"] != checkpoint["clip"]["fingerprint"]:
+        raise ValueError(f"{weights}: not the CLIP that {settings.init} was trained against; name the right one "
+                         f"with --clip")
+    return clip, identity
+
+
 def starting_encoder(settings, clip):
     """The audio encoder that fine-tuning starts from, its front end, and its temperature's log_scale or None.
 
-    clip: CLIP for a start from its weights, or None. A checkpoint brings its front end along.
+    clip: the CLIP whose embeddings are the targets, None for a head, which has none. A checkpoint brings its front end
+    along. Raises ValueError where a flag wants another one, or another encoder.
     """
+    strides = (settings.stride_time, settings.stride_mel)
     if settings.init == "clip":
-        strides = (settings.stride_time, settings.stride_mel)
         return audio_encoder_from_clip(clip, settings.frames, settings.mels, strides), settings.front_end, None
     if settings.init == "random":
+        heads = settings.width // 64
+        if not heads or settings.width % heads:
+            raise ValueError(f"--width {settings.width}: can't be cut into {heads} heads; take a multiple of 64")
         torch.manual_seed(settings.seed)
-        encoder = VisionTransformer((settings.frames, settings.mels), settings.patch,
-                                    (settings.stride_time, settings.stride_mel), channels=1, width=settings.width,
-                                    layers=settings.layers, heads=settings.width // 64, output_dim=512)
+        encoder = VisionTransformer((settings.frames, settings.mels), settings.patch, strides, channels=1,
+                                    width=settings.width, layers=settings.layers, heads=heads,
+                                    output_dim=clip.visual.config["output_dim"] if clip else 512)
         return encoder, settings.front_end, None
-    checkpoint = load_checkpoint(settings.init, ["pretrain", "finetune"])
+    checkpoint = checkpoint_of(settings)
     encoder, front_end = audio_encoder_of(checkpoint, settings.init)
-    shape = {name: encoder.config[name] for name in ("patch", "width", "layers")}
-    shape |= zip(("stride_time", "stride_mel"), encoder.config["stride"])
-    for name, value in (asdict(front_end) | shape).items():
+    fixed = asdict(front_end) | {name: encoder.config[name] for name in ("patch", "width", "layers")}
+    fixed |= zip(("stride_time", "stride_mel"), encoder.config["stride"])
+    given = {word.split("=")[0] for word in sys.argv}
+    for name, value in fixed.items():
         flag = f"--{name.replace('_', '-')}"
-        if any(word.split("=")[0] == flag for word in sys.argv) and getattr(settings, name) != value:
+        if flag in given and getattr(settings, name) != value:
             raise ValueError(f"{flag} {getattr(settings, name)}: {settings.init} was trained with {value}, which can't "
                              f"be changed afterwards")
     return encoder, front_end, checkpoint["learner"]["log_scale"]
 
 
-def clip_of(settings, device):
-    """The CLIP whose texts and frames are the targets, the start's own -> model, paths of weights and vocabulary."""
-    weights, vocab, wanted = settings.clip, settings.vocab, None
-    if settings.init not in ("clip", "random"):
-        made_with = load_checkpoint(settings.init, ["pretrain", "finetune"])["clip"]
-        wanted = made_with["fingerprint"]
-        if settings.clip == Training.clip:  # not said otherwise
-            weights, vocab = made_with["weights"], made_with["vocab"]
-    weights = cached(weights) if weights in MODELS else weights
-    clip = load_clip(weights, device)
-    if wanted and fingerprint(clip) != wanted:
-        raise ValueError(f"{weights}: not the CLIP that {settings.init} was trained against; name the right one "
-                         f"with --clip")
-    return clip, str(weights), vocab
+def identity_of(stage, clips, settings, encoder, front_end):
+    """What a checkpoint says of the clips it was trained on and of what training started from."""
+    return {"stage": stage, "data": digest_of(clips), "front_end": asdict(front_end), "encoder": encoder.config,
+            "start": {"path": settings.init, "weights": fingerprint(encoder)}}
 
 
 # ---------------------------------------------------------------------- captions: AT, VAT, few-shot
@@ -168,7 +183,7 @@ def take_pairs(clips, count, seed):
     Raises ValueError where there are not so many.
     """
     pairs = [(i, caption) for i, clip in enumerate(clips) for caption in clip.captions]
-    if count > len(pairs):
+    if not 0 < count <= len(pairs):
         raise ValueError(f"--pairs {count}: there are {len(pairs)}")
     chosen = {}
     for at in np.random.default_rng(seed).permutation(len(pairs))[:count]:
@@ -177,17 +192,45 @@ def take_pairs(clips, count, seed):
     return [replace(clips[i], captions=tuple(chosen[i])) for i in sorted(chosen)]
 
 
-def retrieval_validation(folder, clip, tokenizer, device, workers):
-    """(learner) -> audio-text recall on the validation clips that have captions: the folder's own, else AudioCaps'."""
-    clips = []
+def pairs_of(index, settings):
+    """An index's clips with the captions that train, and every caption of it: fewer pairs have the same bank."""
+    listed = [clip for clip in read_index(index) if clip.captions]
+    usable = [clip for clip in listed if clip.frames or settings.objective == "at"]
+    if len(usable) < len(listed) and ranks()[0] == 0:
+        print(f"{index}: {len(listed) - len(usable)} clips without frames left out", file=sys.stderr)
+    clips = take_pairs(usable, settings.pairs, settings.seed) if settings.pairs else usable
+    if not clips:
+        raise ValueError(f"{index}: no clip with a caption" + (" and frames" if settings.objective == "vat" else ""))
+    return clips, list(dict.fromkeys(caption for clip in usable for caption in clip.captions))
+
+
+def with_full_batch(settings, samples):
+    """The settings, with a smaller batch where so few samples do not fill one: an epoch needs a full batch."""
+    if samples >= settings.batch:
+        return settings
+    rank, size = ranks()
+    smaller = 2 ** int(math.log2(max(2, samples)))
+    if smaller % size:
+        raise ValueError(f"{samples} clips make batches of {smaller}, which can't be split over {size} ranks")
+    if rank == 0:
+        print(f"{samples} clips do not fill a batch of {settings.batch}: batches of {smaller}", file=sys.stderr)
+    return replace(settings, batch=smaller)
+
+
+def captioned_validation(folder):
+    """Validation clips with sound and equally many captions: the folder's own, else AudioCaps', else none."""
     for place in (folder, Path("data/audiocaps")):
         try:
-            clips = [c for c in read_split("audiocaps", place, "val") if c.audio and c.captions]
+            clips = [clip for clip in read_split("audiocaps", place, "val") if clip.audio and clip.captions]
         except FileNotFoundError:
             continue
         if clips:
-            break
-    clips = [c for c in clips if len(c.captions) == len(clips[0].captions)]
+            return [clip for clip in clips if len(clip.captions) == len(clips[0].captions)]
+    return []
+
+
+def retrieval_validation(clips, clip, tokenizer, device, workers):
+    """(learner) -> audio-text recall on validation clips; {} where there are none, or none can be read."""
     if not clips:
         return lambda learner: {}
     texts, _ = embed_all([caption for c in clips for caption in c.captions], lambda text: tokenizer([text])[0],
@@ -207,48 +250,32 @@ def retrieval_validation(folder, clip, tokenizer, device, workers):
 
 def finetune_on_captions(settings, device):
     """AT or VAT fine-tuning; leaves <out>/checkpoint.pt."""
-    source, mined = settings.source, settings.source in ("ac", "fc", "vc")
-    folder = dataset_folder(settings.data or ("audioset" if mined else "audiocaps"))
+    source = settings.source
+    folder = dataset_folder(settings.data or ("audioset" if source in ("ac", "fc", "vc") else "audiocaps"))
     index = folder / f"{source}.jsonl"
     if not index.exists():
         raise FileNotFoundError(f"{index}: no pairs yet. Run: python curate.py --source {source}"
                                 + (f" --data {settings.data}" if settings.data else ""))
-    clip, weights, vocab = clip_of(settings, device)
-    tokenizer = Tokenizer(vocab, clip.context_length)
-    listed = [c for c in read_index(index) if c.captions]
-    everything = [c for c in listed if c.frames or settings.objective == "at"]
-    if len(everything) < len(listed) and ranks()[0] == 0:
-        print(f"{index}: {len(listed) - len(everything)} clips without frames left out", file=sys.stderr)
-    clips = take_pairs(everything, settings.pairs, settings.seed) if settings.pairs else everything
-    if not clips:
-        raise ValueError(f"{index}: no clip with a caption" + (" and frames" if settings.objective == "vat" else ""))
-    captions = list(dict.fromkeys(caption for c in everything for caption in c.captions))
-    banks = [caption_bank(folder / "banks" / f"{source}-texts-{fingerprint(clip)}", clips, captions, clip, tokenizer,
-                          device)]
+    clip, made_with = clip_of(settings, device)
+    tokenizer = Tokenizer(made_with["vocab"], clip.context_length)
+    clips, captions = pairs_of(index, settings)
+    place, mark = folder / "banks", made_with["fingerprint"]
+    banks = [caption_bank(place / f"{source}-texts-{mark}", clips, captions, clip, tokenizer, device)]
     if settings.objective == "vat":
-        place = folder / "banks" / f"{source}-frames-{fingerprint(clip)}-{settings.pairs}-{settings.seed}"
-        banks.append(frame_bank(place, clips, clip, device, settings.workers))
+        banks.append(frame_bank(place / f"{source}-frames-{mark}-{settings.pairs}-{settings.seed}", clips, clip,
+                                device, settings.workers))
     encoder, front_end, log_scale = starting_encoder(settings, clip)
-    learner = AudioLearner(encoder, front_end)
+    learner = AudioLearner(encoder, front_end).requires_grad_(True)
     if log_scale is not None:
         learner.log_scale.data.copy_(log_scale)
-    learner.requires_grad_(True)
     name = f"{settings.objective}-{source}" + (f"-{settings.pairs}" if settings.pairs else "")
     settings = replace(settings, out=settings.out or f"out/{folder.name}/{name}")
-    identity = {"stage": "finetune", "data": digest_of(clips),
-                "front_end": asdict(front_end), "encoder": encoder.config,
-                "start": {"path": settings.init, "weights": fingerprint(encoder)},
-                "clip": {"weights": str(Path(weights).resolve()), "vocab": str(Path(vocab).resolve()),
-                         "fingerprint": fingerprint(clip)}}
+    identity = identity_of("finetune", clips, settings, encoder, front_end) | {"clip": made_with}
     if ranks()[0] == 0:
         print(f"{index}: {len(clips)} clips, {sum(len(c.captions) for c in clips)} pairs -> {settings.out}")
     samples = AudioSamples(clips, banks, sound_loader(folder, front_end))
-    if len(samples) < settings.batch:  # few-shot: an epoch needs a full batch
-        smaller = 2 ** int(math.log2(max(2, len(samples))))
-        print(f"{len(samples)} clips do not fill a batch of {settings.batch}: batches of {smaller}", file=sys.stderr)
-        settings = replace(settings, batch=smaller)
-    train(learner, samples, settings, identity,
-          retrieval_validation(folder, clip, tokenizer, device, settings.workers), device)
+    validate = retrieval_validation(captioned_validation(folder), clip, tokenizer, device, settings.workers)
+    train(learner, samples, with_full_batch(settings, len(samples)), identity, validate, device)
     if ranks()[0] == 0:
         task = f"toy --data {settings.data}" if folder.name == "toy" else "all"
         print(f"next: python evaluate.py --task {task} --checkpoint {settings.out}/checkpoint.pt")
@@ -262,16 +289,13 @@ class HeadLearner(nn.Module):
     def __init__(self, audio_encoder, front_end, classes, multi_label, last_layers):
         super().__init__()
         self.audio_encoder, self.front_end, self.multi_label = audio_encoder, front_end, multi_label
-        dimensions = audio_encoder.config["output_dim"]
+        dimensions, blocks = audio_encoder.config["output_dim"], audio_encoder.transformer.resblocks
         self.head = nn.Sequential(nn.LayerNorm(dimensions), nn.Linear(dimensions, classes))
-        blocks = len(audio_encoder.transformer.resblocks)
-        audio_encoder.requires_grad_(last_layers < 0 or last_layers >= blocks)
-        for block in audio_encoder.transformer.resblocks[blocks - min(max(last_layers, 0), blocks):]:
-            block.requires_grad_(True)
-        if last_layers > 0:  # what follows the blocks learns with them
-            audio_encoder.ln_post.requires_grad_(True)
-            audio_encoder.proj.requires_grad_(True)
-        self.head.requires_grad_(True)
+        learning = min(last_layers, len(blocks)) if last_layers >= 0 else len(blocks)
+        audio_encoder.requires_grad_(learning == len(blocks))
+        if learning:  # what follows the blocks learns with them
+            for part in (*blocks[-learning:], audio_encoder.ln_post, audio_encoder.proj):
+                part.requires_grad_(True)
 
     def logits(self, wave, length):
         """Padded waveforms (B, samples), their lengths (B,) -> (B, K)."""
@@ -314,61 +338,66 @@ class Remember:
 class LabelledSamples:
     """Clips with labels: sample i is a waveform and its classes, or with probability `mixup` a mixture of two clips."""
 
-    def __init__(self, clips, labels, load, mixup):
+    def __init__(self, clips, labels, load, mixup=0.0):
         self.clips, self.load, self.mixup = clips, load, mixup
         self.paths = [clip.audio for clip in clips]
-        self.number, self.classes = {label: k for k, label in enumerate(labels)}, len(labels)
+        self.number = {label: k for k, label in enumerate(labels)}
 
     def __len__(self):
         return len(self.clips)
 
-    def one(self, i):
-        """Waveform, its length, classes as 0 and 1 (K,)."""
-        target = torch.zeros(self.classes)
+    def target(self, i):
+        """Classes of clip i as 0 and 1 (K,)."""
+        target = torch.zeros(len(self.number))
         target[[self.number[label] for label in self.clips[i].labels]] = 1.0
-        wave, length = self.load(self.clips[i].audio)
-        return floating(wave), length, target
+        return target
 
     def read(self, i, rng):
-        wave, length, target = self.one(i)
+        (wave, length), target = self.load(self.paths[i]), self.target(i)
+        wave = floating(wave)
         if rng.random() < self.mixup:
-            share = rng.beta(10, 10)
-            other, other_length, other_target = self.one(int(rng.integers(len(self.clips))))
-            wave, length = share * wave + (1 - share) * other, max(length, other_length)
-            target = share * target + (1 - share) * other_target
+            share, j = rng.beta(10, 10), int(rng.integers(len(self)))
+            other, other_length = self.load(self.paths[j])
+            wave, length = share * wave + (1 - share) * floating(other), max(length, other_length)
+            target = share * target + (1 - share) * self.target(j)
         return {"wave": wave, "length": length, "target": target,
                 "draws": torch.from_numpy(rng.random(4, dtype=np.float32))}
 
 
-def measure_head(learner, clips, labels, load, device, workers):
+def measure_head(learner, samples, device, workers):
     """Accuracy of a head on clips with one label each, mAP on those with several -> in %, and clips that were read."""
-    logits, heard = embed_all([clip.audio for clip in clips], load, learner.logits, len(labels), device, workers,
-                              unit=False)
-    number = {label: k for k, label in enumerate(labels)}
-    target = torch.zeros(len(clips), len(labels), dtype=torch.bool)
-    for i, clip in enumerate(clips):
-        target[i, [number[label] for label in clip.labels]] = True
+    target = torch.stack([samples.target(i) for i in range(len(samples))])                    # (N, K)
+    logits, heard = embed_all(samples.paths, samples.load, learner.logits, target.shape[1], device, workers,
+                              unit=False)                                                     # (N, K), (N,)
     logits, target = logits[heard], target[heard]
     if learner.multi_label:
-        return 100 * average_precision(*ranking(logits, target)).nanmean().item(), int(heard.sum())
-    return 100 * (logits.argmax(1) == target.float().argmax(1)).float().mean().item(), int(heard.sum())
+        value = average_precision(*ranking(logits, target.bool())).nanmean()
+    else:
+        value = (logits.argmax(1) == target.argmax(1)).float().mean()
+    return 100 * value.item(), len(target)
 
 
 def rounds_of(settings):
-    """What a head is trained and tested on -> folder, labels, {round: (training clips, test clips)}."""
-    multi = settings.head.startswith("audioset")
-    name = {"esc10": "esc50"}.get(settings.head, "audioset" if multi else settings.head)
-    folder = dataset_folder(settings.data or name)
-    if multi:
-        split = "val" if settings.head == "audioset-balanced" else "train"  # the balanced set is our val
-        sets = [[clip for clip in read_split("audioset", folder, part) if clip.audio and clip.labels]
-                for part in (split, "test")]
-        known = class_names(folder).values() if (folder / CLASS_NAMES).exists() else ()
-        labels = list(known) or sorted({label for clips in sets for clip in clips for label in clip.labels})
+    """What a head is trained and tested on -> folder, labels, {round: (training clips, test clips)}.
+
+    AudioSet is one round; where clips come in folds, each fold is tested on by who learned from the others.
+    """
+    if settings.head.startswith("audioset"):
+        folder = dataset_folder(settings.data or "audioset")
+        splits = ("val" if settings.head == "audioset-balanced" else "train", "test")  # the balanced set is our val
+        sets = [[clip for clip in read_split("audioset", folder, split) if clip.audio and clip.labels]
+                for split in splits]
+        for split, clips in zip(splits, sets):
+            if not clips:
+                raise ValueError(f"{folder}: not one clip of its {split} split has sound and labels")
+        used = {label for clips in sets for clip in clips for label in clip.labels}
+        labels = list(class_names(folder).values()) if (folder / CLASS_NAMES).exists() else sorted(used)
+        if used - set(labels):
+            raise ValueError(f"{folder}: a clip's label {min(used - set(labels))!r} is not in {CLASS_NAMES}")
         return folder, labels, {"eval": sets}
-    clips = READERS[name].read(folder, "test")
-    if settings.head == "esc10":
-        clips = [clip for clip in clips if clip.easy]
+    name = "esc50" if settings.head == "esc10" else settings.head
+    folder = dataset_folder(settings.data or name)
+    clips = [clip for clip in READERS[name].read(folder, "test") if clip.easy or settings.head != "esc10"]
     folds = sorted({clip.fold for clip in clips})
     if len(folds) < 2:
         raise ValueError(f"{folder}: needs clips in several folds, has {folds}")
@@ -379,48 +408,52 @@ def rounds_of(settings):
         for fold in folds if settings.fold in (0, fold)}
 
 
+def mean_and_spread(values):
+    """Mean ± standard deviation; of a single value there is none."""
+    return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
+
+
 PAPER_HEADS = {"esc50": "95.7 ± 1.4", "us8k": "86.0 ± 2.8", "audioset-balanced": "37.9", "audioset": "44.7"}
 
 
 def finetune_on_labels(settings, device):
     """Train a head on each round (fold) and print its test accuracy or mAP, mean ± std over folds (Appendix C)."""
-    folder, labels, rounds = rounds_of(settings)
-    multi = settings.head.startswith("audioset")
-    clip, weights = None, ""
-    if settings.init == "clip":
-        clip, weights, _ = clip_of(settings, device)
-    start = Path(settings.init).parent.name if "/" in settings.init else settings.init
-    out = Path(settings.out or f"out/{folder.name}/head-{settings.head}-{start}"
+    began, (folder, labels, rounds) = time.time(), rounds_of(settings)
+    multi_label = settings.head.startswith("audioset")
+    measure = "mAP" if multi_label else "accuracy"
+    clip, made_with = clip_of(settings, device) if settings.init == "clip" else (None, {"weights": ""})
+    start, front_end, _ = starting_encoder(settings, clip)
+    start_name = Path(settings.init).parent.name if "/" in settings.init else settings.init
+    out = Path(settings.out or f"out/{folder.name}/head-{settings.head}-{start_name}"
                + (f"-last{settings.last_layers}" if settings.last_layers >= 0 else ""))
-    results, began, measure = {}, time.time(), "mAP" if multi else "accuracy"
-    _, front_end, _ = starting_encoder(settings, clip)
-    load, clips = sound_loader(folder, front_end), sum(map(len, next(iter(rounds.values()))))
-    small = 4 * front_end.samples * clips * max(1, settings.workers) * ranks()[1] < 4e9  # bytes in all processes
-    load, workers = (Remember(load), 0) if small else (load, settings.workers)  # what this process remembers is free
+    load, workers, count = sound_loader(folder, front_end), settings.workers, sum(map(len, next(iter(rounds.values()))))
+    if 4 * front_end.samples * count * max(1, workers) * ranks()[1] < 4e9:  # bytes in all processes
+        load, workers = Remember(load), 0  # 0: for measuring, what this process remembers is free
+    results = {}
     for name, (training, test) in rounds.items():
-        encoder = starting_encoder(settings, clip)[0]  # each round starts anew
+        place = out / name.replace(" ", "")
+        encoder = copy.deepcopy(start)  # each round starts anew
         torch.manual_seed(settings.seed)
-        learner = HeadLearner(encoder, front_end, len(labels), multi, settings.last_layers)
-        identity = {"stage": "head", "data": digest_of(training), "front_end": asdict(front_end), "labels": labels,
-                    "encoder": encoder.config, "start": {"path": settings.init, "weights": fingerprint(encoder)},
-                    "clip": {"weights": weights}}
+        learner = HeadLearner(encoder, front_end, len(labels), multi_label, settings.last_layers)
+        samples = LabelledSamples(training, labels, load, settings.mixup)
+        test_samples = LabelledSamples(test, labels, load)
+        identity = identity_of("head", training, settings, encoder, front_end)
+        identity |= {"labels": labels, "clip": {"weights": made_with["weights"]}}
 
-        def validate(learner, test=test):
-            return {measure: measure_head(learner, test, labels, load, device, workers)[0]}
+        def validate(learner, test_samples=test_samples):
+            return {measure: measure_head(learner, test_samples, device, workers)[0]}
 
         if ranks()[0] == 0:
-            print(f"{name}: {len(training)} clips train, {len(test)} test -> {out / name.replace(' ', '')}")
-        train(learner, LabelledSamples(training, labels, load, settings.mixup),
-              replace(settings, out=str(out / name.replace(" ", ""))), identity, validate, device)
-        results[name], heard = measure_head(learner.eval(), test, labels, load, device, workers)
+            print(f"{name}: {len(training)} clips train, {len(test)} test -> {place}")
+        train(learner, samples, replace(settings, out=str(place)), identity, validate, device)
+        results[name], heard = measure_head(learner.eval(), test_samples, device, workers)
         if ranks()[0] == 0:
             print(f"{name}: {measure} {results[name]:.1f} % on {heard} of {len(test)} clips")
     if ranks()[0] == 0:
         values = list(results.values())
-        spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
         print(f"\n{settings.head}, {measure} in %: "
               + ", ".join(f"{name} {value:.1f}" for name, value in results.items())
-              + f"\nmean {np.mean(values):.1f}{spread}, {len(labels)} classes; paper: "
+              + f"\nmean {mean_and_spread(values)}, {len(labels)} classes; paper: "
               f"{PAPER_HEADS.get(settings.head, '-')}; {(time.time() - began) / 60:.1f} min")
         save_json(out / "head.json", {"head": settings.head, "settings": asdict(settings), "results": results,
                                       "mean": np.mean(values), "versions": versions()})
@@ -435,19 +468,30 @@ class Ladder:
     out: str = setting("out/toy/ladder", "folder of all runs; what is there is not done again")
 
 
-FEW = {"1 %": 10, "5 %": 50, "20 %": 200}  # of the toy's 1000 gold pairs
-CLAIMS = [  # what the paper says, as (claim, better row, worse row, metric)
-    ("CLIP's weights are the better start (§4.1)", "vip-AnT", "VA-Rand", "a2t_r1"),
-    ("mined audio captions beat pivoting (Table 3, AC)", "+AT AC", "vip-AnT", "a2t_r1"),
-    ("mined audio captions beat random ones (AC, RC)", "+AT AC", "+AT RC", "a2t_r1"),
-    ("captions of sounds beat generated ones (AC, FC)", "+AT AC", "+AT FC", "a2t_r1"),
-    ("generated captions beat those of pictures (FC, VC)", "+AT FC", "+AT VC", "a2t_r1"),
-    ("gold captions beat all mined ones (GC, AC)", "+AT GC", "+AT AC", "a2t_r1"),
-    ("gold captions beat gold labels (GC, GL)", "+AT GC", "+AT GL", "a2t_r1"),
-    ("a few gold pairs beat none (§4.2)", "+AT GC 5 %", "vip-AnT", "a2t_r1"),
-    ("captions alone beat captions and frames (App. E)", "+AT GC", "+VAT GC", "a2t_r1"),
-    ("pivoting is better from sound to text than back (App. G)", "vip-AnT", "vip-AnT", ("a2t_r1", "t2a_r1")),
-    ("a prompt helps classification (§4.1)", "vip-AnT", "vip-AnT", ("prompt", "no prompt")),
+ROWS = {  # row of the tables -> source of captions, or none where the row is a pre-training; and flags
+    "VA-Rand": ("", "--init", "random"),
+    "vip-AnT": ("",),
+    "+AT AC": ("ac", "--epochs", 3), "+AT FC": ("fc", "--epochs", 3), "+AT VC": ("vc", "--epochs", 3),
+    "+AT RC": ("rc",), "+AT GL": ("gl",), "+AT GC": ("gc",),  # fewer clips, more epochs
+    "+VAT GC": ("gc", "--objective", "vat"),
+    "+AT GC 1 %": ("gc", "--pairs", 10, "--epochs", 20),  # of the toy's 1000 gold pairs
+    "+AT GC 5 %": ("gc", "--pairs", 50, "--epochs", 20),
+    "+AT GC 20 %": ("gc", "--pairs", 200, "--epochs", 6),
+}
+COLUMNS = {"a2t_r1": "audio->text R@1", "a2t_r10": "R@10", "t2a_r1": "text->audio R@1", "t2a_r10": "R@10",
+           "prompt": "labels, prompt", "no prompt": "no prompt"}
+CLAIMS = [  # what the paper says: claim, the better row and its metric, the worse row and its metric
+    ("CLIP's weights are the better start (§4.1)", ("vip-AnT", "a2t_r1"), ("VA-Rand", "a2t_r1")),
+    ("mined audio captions beat pivoting (Table 3, AC)", ("+AT AC", "a2t_r1"), ("vip-AnT", "a2t_r1")),
+    ("mined audio captions beat random ones (AC, RC)", ("+AT AC", "a2t_r1"), ("+AT RC", "a2t_r1")),
+    ("captions of sounds beat generated ones (AC, FC)", ("+AT AC", "a2t_r1"), ("+AT FC", "a2t_r1")),
+    ("generated captions beat those of pictures (FC, VC)", ("+AT FC", "a2t_r1"), ("+AT VC", "a2t_r1")),
+    ("gold captions beat all mined ones (GC, AC)", ("+AT GC", "a2t_r1"), ("+AT AC", "a2t_r1")),
+    ("gold captions beat gold labels (GC, GL)", ("+AT GC", "a2t_r1"), ("+AT GL", "a2t_r1")),
+    ("a few gold pairs beat none (§4.2)", ("+AT GC 5 %", "a2t_r1"), ("vip-AnT", "a2t_r1")),
+    ("captions alone beat captions and frames (App. E)", ("+AT GC", "a2t_r1"), ("+VAT GC", "a2t_r1")),
+    ("pivoting is better from sound to text than back (App. G)", ("vip-AnT", "a2t_r1"), ("vip-AnT", "t2a_r1")),
+    ("a prompt helps classification (§4.1)", ("vip-AnT", "prompt"), ("vip-AnT", "no prompt")),
 ]
 
 
@@ -466,51 +510,36 @@ def folder_of(row):
 
 def climb(ladder, seed):
     """All rows with one seed -> {row: {metric: %}}."""
-    out, clip = Path(ladder.out) / f"seed{seed}", ["--clip", TOY.clip, "--vocab", TOY.vocab]
-    start = out / "vip-AnT/checkpoint.pt"
-    pretrain = ["pretrain.py", "--data", "toy"]
-    rows = {"VA-Rand": [*pretrain, "--init", "random"], "vip-AnT": pretrain}
-    tune = ["finetune.py", "--data", "toy", "--init", start]
-    rows |= {f"+AT {source.upper()}": [*tune, "--source", source, "--epochs", 3] for source in ("ac", "fc", "vc")}
-    rows |= {f"+AT {source.upper()}": [*tune, "--source", source] for source in ("rc", "gl", "gc")}  # fewer clips
-    rows["+VAT GC"] = [*tune, "--source", "gc", "--objective", "vat"]
-    for name, pairs in FEW.items():
-        rows[f"+AT GC {name}"] = [*tune, "--source", "gc", "--pairs", pairs, "--epochs", 6 if pairs > 100 else 20]
-    results = {}
-    for row, parts in rows.items():
+    out, results = Path(ladder.out) / f"seed{seed}", {}
+    for row, (source, *flags) in ROWS.items():
         place = out / folder_of(row)
         if not (place / "toy.json").exists():
-            source = parts[parts.index("--source") + 1] if "--source" in parts else ""
-            if source and not Path(f"data/toy/{source}.jsonl").exists():
-                command("curate.py", "--data", "toy", "--source", source)
-            command(*parts, "--seed", seed, "--out", place)
-            if not (place / "toy.json").exists():  # pre-training has measured itself
-                command("evaluate.py", "--task", "toy", "--checkpoint", place / "checkpoint.pt", *clip)
+            script = ["pretrain.py", "--data", "toy"]
+            if source:
+                script = ["finetune.py", "--data", "toy", "--init", out / "vip-AnT/checkpoint.pt", "--source", source]
+                if not Path(f"data/toy/{source}.jsonl").exists():
+                    command("curate.py", "--data", "toy", "--source", source)
+            command(*script, *flags, "--seed", seed, "--out", place)
+            if source:  # pre-training has measured itself
+                command("evaluate.py", "--task", "toy", "--checkpoint", place / "checkpoint.pt", "--clip", TOY.clip,
+                        "--vocab", TOY.vocab)
         measured = json.loads((place / "toy.json").read_text())["results"]
-        values = {metric: value[0] if isinstance(value, list) else value
-                  for metric, value in measured["audio-text"]["values"]["no prompt"].items()}
-        results[row] = values | {variant: measured["zero-shot labels"]["values"][variant]["accuracy"][0]
-                                 for variant in ("prompt", "no prompt")}
+        retrieval, labels = measured["audio-text"]["values"]["no prompt"], measured["zero-shot labels"]["values"]
+        results[row] = {metric: value[0] if isinstance(value, list) else value for metric, value in retrieval.items()}
+        results[row] |= {variant: labels[variant]["accuracy"][0] for variant in ("prompt", "no prompt")}
     return results
-
-
-def mean_and_spread(values):
-    return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
 
 
 def run_ladder(ladder):
     """Climb with every seed, print the table with its spread, and for each claim of the paper whether it holds here."""
     began, lock = time.time(), Claim(Path(ladder.out) / "lock")
     runs = [climb(ladder, seed) for seed in range(ladder.seeds)]
-    columns = {"a2t_r1": "audio->text R@1", "a2t_r10": "R@10", "t2a_r1": "text->audio R@1", "t2a_r10": "R@10",
-               "prompt": "labels, prompt", "no prompt": "no prompt"}
     print(f"\nthe toy world, {ladder.seeds} seed(s), mean ± std in %; {(time.time() - began) / 60:.1f} min")
-    table(["", *columns.values()], [[row, *(mean_and_spread([run[row][metric] for run in runs]) for metric in columns)]
-                                    for row in runs[0]])
+    table(["", *COLUMNS.values()], [[row, *(mean_and_spread([run[row][metric] for run in runs]) for metric in COLUMNS)]
+                                    for row in ROWS])
     print("\nwhat the paper finds, and whether it holds here (difference in points; in how many seeds it is positive)")
     lines = []
-    for claim, better, worse, metric in CLAIMS:
-        one, other = metric if isinstance(metric, tuple) else (metric, metric)
+    for claim, (better, one), (worse, other) in CLAIMS:
         gaps = [run[better][one] - run[worse][other] for run in runs]
         positive = sum(gap > 0 for gap in gaps)
         verdict = "holds" if positive == len(gaps) else "does not hold" if positive == 0 else "unclear"
@@ -518,8 +547,9 @@ def run_ladder(ladder):
     table(["", "difference", "seeds", ""], lines)
     save_json(Path(ladder.out) / "ladder.json", {"runs": runs, "versions": versions()})
     lock.close()
+    few = [row for row in ROWS if row.startswith("+AT GC ")]
     curve, scaling = (" ".join(f"{ladder.out}/seed0/{folder_of(row)}/checkpoint.pt" for row in rows)
-                      for rows in (["vip-AnT", "VA-Rand"], [*(f"+AT GC {name}" for name in FEW), "+AT GC"]))
+                      for rows in (["vip-AnT", "VA-Rand"], [*few, "+AT GC"]))
     print(f"\nFig. 5: python evaluate.py --task curve --compare {curve}\n"
           f"Fig. 7: python evaluate.py --task scaling --data toy --compare {scaling}")
 

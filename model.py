@@ -26,16 +26,16 @@ class Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x, asking):
-        """The first `asking` tokens look at all N: (B, N, C) -> (B, asking, C)."""
+    def forward(self, x, first_only=False):
+        """Every token looks at all N, (B, N, C) -> (B, N, C); with `first_only` just the first does, -> (B, 1, C)."""
         C = x.shape[2]
-        if asking == x.shape[1]:
-            q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).split(C, 2)                  # 3 × (B, N, C)
+        if first_only:
+            q = F.linear(x[:, :1], self.in_proj_weight[:C], self.in_proj_bias[:C])          # (B, 1, C)
+            k, v = F.linear(x, self.in_proj_weight[C:], self.in_proj_bias[C:]).split(C, 2)  # 2 × (B, N, C)
         else:
-            q = F.linear(x[:, :asking], self.in_proj_weight[:C], self.in_proj_bias[:C])
-            k, v = F.linear(x, self.in_proj_weight[C:], self.in_proj_bias[C:]).split(C, 2)
-        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))                # (B, h, ·, C/h)
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)                             # (B, h, ·, C/h)
+            q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).split(C, 2)       # 3 × (B, N, C)
+        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))     # (B, heads, ·, C/heads)
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)                  # (B, heads, ·, C/heads)
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
 
@@ -57,7 +57,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm residual block, (B, N, C) -> (B, N, C), or (B, 1, C) where only the first token is asked for."""
+    """Pre-norm residual block, (B, N, C) -> (B, N, C); with `first_only` -> (B, 1, C)."""
 
     def __init__(self, width, heads, causal):
         super().__init__()
@@ -67,8 +67,7 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(width)
 
     def forward(self, x, first_only=False):
-        asking = 1 if first_only else x.shape[1]
-        x = x[:, :asking] + self.attn(self.ln_1(x), asking)
+        x = (x[:, :1] if first_only else x) + self.attn(self.ln_1(x), first_only)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -80,7 +79,7 @@ class Transformer(nn.Module):
 
     def __init__(self, width, layers, heads, causal=False):
         super().__init__()
-        self.width, self.layers = width, layers
+        self.width = width
         self.resblocks = nn.Sequential(*(Block(width, heads, causal) for _ in range(layers)))
         for block in self.resblocks:  # residual branches start small, as CLIP's do
             nn.init.normal_(block.attn.out_proj.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
@@ -97,10 +96,12 @@ class Transformer(nn.Module):
 
     def flops(self, tokens, first_only=False):
         """Floating point operations of one forward pass over `tokens` tokens of one sample."""
-        def block(asking):  # k, v: 2 C² a token; q, out: 2 C², MLP: 8 C²; q·k, weights·v; a multiply and an add each
-            return 2 * (2 * tokens * self.width ** 2 + 10 * asking * self.width ** 2 + 2 * asking * tokens * self.width)
+        C = self.width
 
-        return (self.layers - 1) * block(tokens) + block(1 if first_only else tokens)
+        def block(queries):  # multiply-adds: k, v; then q, out, MLP; then q·k, weights·v
+            return 2 * tokens * C ** 2 + (1 + 1 + 8) * queries * C ** 2 + 2 * queries * tokens * C
+
+        return 2 * ((len(self.resblocks) - 1) * block(tokens) + block(1 if first_only else tokens))
 
 
 # --------------------------------------------------------------------------- images, audio, CLIP

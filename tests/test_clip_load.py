@@ -168,6 +168,14 @@ def test_a_pickle_that_wants_to_run_code_is_refused_and_nothing_runs(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def test_an_archive_of_modules_that_hold_each_other_is_refused(tmp_path):
+    module = torch.nn.Module()
+    vars(module)["self"] = module
+    torch.save(module, tmp_path / "circle.pt")
+    with pytest.raises(ValueError, match=r"circle\.pt: not the weights of a CLIP"):
+        load_clip(tmp_path / "circle.pt")
+
+
 def authors_file(path, encoder, clip, cfg):
     """The authors' checkpoint: a pickled settings object beside four state dicts, the kernel with three channels."""
     state = {}
@@ -242,6 +250,10 @@ def test_weights_that_are_no_clip_are_named(tmp_path, small_clip):
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"other\.pt: not the weights of a CLIP"):
         load_clip(tmp_path / "other.pt")
+    weights = torch.load(small_clip, weights_only=True)
+    torch.save(weights | {"token_embedding.weight": torch.zeros(9, 0)}, tmp_path / "narrow.pt")
+    with pytest.raises(ValueError, match=r"narrow\.pt: not the weights of a CLIP"):
+        load_clip(tmp_path / "narrow.pt")
     (tmp_path / "cut.pt").write_bytes(small_clip.read_bytes()[:-500])
     with pytest.raises(ValueError, match=r"cut\.pt"):
         load_clip(tmp_path / "cut.pt")

@@ -1,5 +1,6 @@
 """Fine-tuning on captions and on labels: what is trained, on which pairs, how fast, and what it leaves behind."""
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import soundfile
 import torch
 from conftest import flat
 
+import finetune
 from clip_load import load_clip
 from data import Clip, FrontEnd, read_index
 from finetune import (
@@ -17,7 +19,9 @@ from finetune import (
     Settings,
     measure_head,
     rounds_of,
+    starting_encoder,
     take_pairs,
+    with_full_batch,
 )
 from model import VisionTransformer, info_nce
 from pretrain import AudioLearner, caption_bank, load_checkpoint, parse
@@ -57,8 +61,29 @@ def test_fewer_pairs_are_among_more():
 
     assert len(pairs(few)) == 7 and len(pairs(more)) == 20 and pairs(few) <= pairs(more)
     assert pairs(take_pairs(clips, 7, seed=2)) != pairs(few) and pairs(take_pairs(clips, 30, seed=1)) == pairs(clips)
-    with pytest.raises(ValueError, match="--pairs 31: there are 30"):
-        take_pairs(clips, 31, seed=1)
+    for count in (31, -1):  # and not all but one
+        with pytest.raises(ValueError, match=f"--pairs {count}: there are 30"):
+            take_pairs(clips, count, seed=1)
+
+
+def test_few_samples_make_a_batch_that_the_ranks_can_share(monkeypatch, capsys):
+    settings = Settings(batch=64)
+    assert with_full_batch(settings, 64) is settings and with_full_batch(settings, 63).batch == 32
+    assert "63 clips do not fill a batch of 64: batches of 32" in capsys.readouterr().err
+    monkeypatch.setattr(finetune, "ranks", lambda: (1, 3))
+    with pytest.raises(ValueError, match="9 clips make batches of 8, which can't be split over 3 ranks"):
+        with_full_batch(settings, 9)
+
+
+def test_a_random_start_fits_the_clip_that_makes_its_targets(small_clip):
+    small = Settings(init="random", frames=60, mels=32, patch=16, layers=1, width=64, stride_time=8, stride_mel=8)
+    clip = load_clip(small_clip)
+    encoder, front_end, log_scale = starting_encoder(small, clip)
+    assert encoder.proj.shape == (64, clip.text_projection.shape[1]) and front_end.frames == 60 and log_scale is None
+    assert starting_encoder(small, None)[0].proj.shape == (64, 512)  # for a head any number will do
+    for width in (32, 200):
+        with pytest.raises(ValueError, match=f"--width {width}: .* take a multiple of 64"):
+            starting_encoder(replace(small, width=width), None)
 
 
 def test_captions_that_clips_share_are_one_row(small_clip, world, tmp_path):
@@ -229,7 +254,7 @@ def test_map_of_a_head_needs_logits_as_they_are(world):
     logits = torch.tensor([[1.0, 9.0], [2.0, 0.1]])
     learner.logits = lambda wave, length: logits
     clips = [Clip("0", "0", labels=("a",)), Clip("1", "1", labels=("b",))]
-    value, heard = measure_head(learner, clips, ["a", "b"], lambda path: (torch.zeros(3), 3), CPU, 0)
+    value, heard = measure_head(learner, LabelledSamples(clips, ["a", "b"], lambda path: (torch.zeros(3), 3)), CPU, 0)
     assert heard == 2 and value == pytest.approx(100 * (0.5 + 0.5) / 2)
 
 
@@ -257,6 +282,23 @@ def test_esc10_is_the_easy_part_and_folds_are_never_trained_on(esc):
         assert len(training) == len(test) == 16 and not {c.id for c in training} & {c.id for c in test}
     _, labels, _ = rounds_of(parse(Settings(), PRESETS, ["--head", "esc50", "--data", str(esc)]))
     assert len(labels) == 3
+
+
+def test_audiosets_splits_must_have_clips_whose_labels_are_known(world, tmp_path):
+    def rounds(head="audioset-balanced"):
+        return rounds_of(parse(Settings(), PRESETS, ["--head", head, "--data", str(tmp_path)]))
+
+    for name in ("train", "val", "test"):
+        (tmp_path / f"{name}.jsonl").write_text((world / f"{name}.jsonl").read_text())
+    _, labels, both = rounds()
+    assert labels == sorted(labels) and [len(clips) for clips in both["eval"]] == [24, 24]
+    assert len(rounds("audioset")[2]["eval"][0]) == 64
+    (tmp_path / "class_labels_indices.csv").write_text("index,mid,display_name\n0,/m/1,Speech\n")
+    with pytest.raises(ValueError, match="a clip's label '.*' is not in class_labels_indices.csv"):
+        rounds()
+    (tmp_path / "test.jsonl").write_text('{"id": "x", "audio": "x.wav"}\n')
+    with pytest.raises(ValueError, match="not one clip of its test split has sound and labels"):
+        rounds()
 
 
 def test_a_head_is_trained_on_each_fold_and_resumes(run, esc, tmp_path):

@@ -93,7 +93,7 @@ def test_attention_is_softmax_of_scaled_products_and_text_sees_no_future():
     attention, x = Attention(width=4, heads=1, causal=True), torch.randn(1, 3, 4)
     q, k, v = torch.nn.functional.linear(x, attention.in_proj_weight).chunk(3, dim=2)
     weights = (q @ k.transpose(1, 2) / 2).masked_fill(torch.ones(3, 3).triu(1).bool(), -math.inf).softmax(2)
-    assert torch.allclose(attention(x, 3), attention.out_proj(weights @ v), atol=1e-6)
+    assert torch.allclose(attention(x), attention.out_proj(weights @ v), atol=1e-6)
 
 
 def test_the_class_token_alone_comes_out_as_among_the_others():
