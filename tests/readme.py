@@ -180,7 +180,7 @@ def snippets():
 
 def files():
     """Lines of code of each file, for the table of files."""
-    names = ["data", "clip_load", "model", "pretrain", "curate", "finetune", "evaluate", "figures", "prepare", "toy"]
+    names = ["data", "clip_load", "model", "pretrain", "curate", "finetune", "evaluate", "figures", "prepare", "toy", "ladder"]
     counts = {name: len((ROOT / f"{name}.py").read_text().splitlines()) for name in names}
     return {f"lines of {name}": str(count) for name, count in counts.items()} | {
         "lines in all": f"{sum(counts.values()):,}"}
