@@ -281,27 +281,24 @@ def on_disk(model, name, folder, need, split):
     if "captions" in need:
         protocol["captions a clip"] = count = len(here[0].captions)
         if odd := next((clip for clip in here if len(clip.captions) != count), None):
-            raise ValueError(f"clip {odd.id} has {len(odd.captions)} captions, clip {here[0].id} has {count}; retrieval "
-                             f"needs the same number for every clip")
+            raise ValueError(f"clip {odd.id} has {len(odd.captions)} captions, clip {here[0].id} has {count}; "
+                             f"retrieval needs the same number for every clip")
     return here, protocol
 
 
 def load(model, name, folder, need, split="test"):
     """What a task needs of a dataset -> list of Clip, protocol, and unit embeddings (N, D) of their sounds, frames.
 
-    name: of READERS. need: of "audio", "frames" (what is to be embedded), "labels", "captions". Raises ValueError.
+    name: of READERS. need: some of "audio", "frames", "labels", "captions". Raises ValueError.
     """
     clips, protocol = on_disk(model, name, folder, need, split)
-    features, ok = [], torch.ones(len(clips), dtype=torch.bool)
-    for kind in need:
-        if kind in ("audio", "frames"):
-            files = [clip.audio if kind == "audio" else clip.frames[:2][-1] for clip in clips]  # the second frame
-            embeddings, read = model.embed(kind, files)
-            features, ok = [*features, embeddings], ok & read
+    parts = [model.embed("audio", [clip.audio for clip in clips])] if "audio" in need else []
+    parts += [model.embed("frames", [clip.frames[:2][-1] for clip in clips])] if "frames" in need else []  # the second
+    ok = torch.stack([read for _, read in parts]).all(0)
     read = list(compress(clips, ok))
     if not read:
         raise ValueError(f"not one of {len(clips)} clips could be read, for example {clips[0].audio}")
-    return read, protocol | {"N": len(read), "unreadable": len(clips) - len(read)}, *(part[ok] for part in features)
+    return read, protocol | {"N": len(read), "unreadable": len(clips) - len(read)}, *(part[ok] for part, _ in parts)
 
 
 def retrieval(model, name, folder, by="audio"):
@@ -469,10 +466,11 @@ def cell(value):
 def table(header, rows):
     """Print rows of str under a header, columns aligned."""
     rows = [header, *rows]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    for row in rows:
-        print(("  " + row[0].ljust(widths[0])
-               + "".join("   " + text.rjust(width) for text, width in zip(row[1:], widths[1:]))).rstrip())
+    first, *widths = [max(map(len, column)) for column in zip(*rows)]
+    for name, *texts in rows:
+        print("   ".join(["  " + name.ljust(first), *map(str.rjust, texts, widths)]).rstrip())
+
+
 def show(results, row):
     """Print a checkpoint's results, a table a part, beside the paper's row where the dataset is the paper's."""
     for part, result in results.items():
@@ -497,8 +495,8 @@ def show(results, row):
         if paper:
             print(f"  paper: {'OracleAV-CLIP' if part == 'oracle' else row}, on {PAPER_CLIPS[part.split()[0]]} clips")
         if "categories" in result:
-            print("  pivotable: " + (", ".join(f"{name} {count}" for name, count in
-                                               list(result["categories"].items())[:20]) or "no clip with a label"))
+            categories = [f"{name} {count}" for name, count in result["categories"].items()]
+            print(f"  pivotable: {', '.join(categories[:20]) or 'no clip with a label'}")
 
 
 def compare(runs):
@@ -528,6 +526,8 @@ def blank_figure(width, height):
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
+
+
 def by_class(runs, place, chart_only):
     """Per-class numbers (with the prompt) as a table, and as a bar chart <place><part>_classes.png (Fig. 6, 12)."""
     for part in dict.fromkeys(part for *_, results in runs for part in results if "by class" in results[part]):
@@ -574,18 +574,20 @@ def line_fit(x, y, target, draws=10_000):
         reached = np.where(drawn[:, 0] > 0, (target - drawn[:, 1]) / np.maximum(drawn[:, 0], 1e-12), np.inf)
     at = (target - intercept) / slope if slope > 0 else math.inf
     return slope, intercept, at, np.quantile(reached, [0.025, 0.975], method="lower").tolist()
+
+
 def accuracy_by_pairs(models, folder):
     """Zero-shot accuracy, with the prompt, of checkpoints fine-tuned on gold pairs -> {pairs: %}, seeds averaged."""
     for model in models:
         if model.source != "gc":
-            raise ValueError(f"{model.path}: was fine-tuned on {model.source or 'no captions'}; needed: gold pairs (gc)")
-    measured = {}
-    for model in models:
-        accuracy = classification(model, "esc50", folder)["values"]["prompt"]["accuracy"][0]
-        measured.setdefault(model.pairs, []).append(accuracy)
+            raise ValueError(f"{model.path}: was fine-tuned on {model.source or 'no captions'}; "
+                             f"needed: gold pairs (gc)")
+    measured = {pairs: [] for pairs in sorted(model.pairs for model in models)}
     if len(measured) < 3:
-        raise ValueError(f"a line needs checkpoints of at least 3 numbers of pairs, these have {sorted(measured)}")
-    return {pairs: float(np.mean(measured[pairs])) for pairs in sorted(measured)}
+        raise ValueError(f"a line needs checkpoints of at least 3 numbers of pairs, these have {list(measured)}")
+    for model in models:
+        measured[model.pairs].append(classification(model, "esc50", folder)["values"]["prompt"]["accuracy"][0])
+    return {pairs: float(np.mean(accuracies)) for pairs, accuracies in measured.items()}
 
 
 def scaling(measured, target, out):
@@ -624,6 +626,8 @@ def epochs_of(log):
     if not measured:
         raise ValueError(f"{log}: no validation in it")
     return name, measured
+
+
 def curve(paths, out):
     """Image-audio retrieval by epoch, from the logs beside the checkpoints (Fig. 5)."""
     figure = blank_figure(5, 4)
@@ -656,6 +660,8 @@ def windows(path, seconds):
         raise Unreadable(f"{path}: says it lasts {length:g} s; was it cut off? Copying it with an audio tool may help")
     last = max(0.0, length - seconds)
     return [*np.arange(0, last, seconds / 2).tolist(), last]
+
+
 def remembered(place, dimensions):
     """What `hear` has kept of a recording (W, 1 + D), None where there is nothing, or it is damaged."""
     content = open_array(place)
@@ -691,15 +697,15 @@ def hear(model, paths, cache):
             except Unreadable as error:
                 if first:
                     print(f"skipped: {error}", file=sys.stderr)
-            if not pending or path != todo[-1] and sum(map(len, pending.values())) < 1024:
+            if not pending or (path != todo[-1] and sum(map(len, pending.values())) < 1024):
                 continue  # many short files make one batch
             batch = [(path, start) for path, starts in pending.items() for start in starts]
             embeddings, ok = model.embed("audio", batch, model.front_end.load_window)
             counts = [len(starts) for starts in pending.values()]
-            for (path, starts), rows, read in zip(pending.items(), embeddings.split(counts), ok.split(counts)):
-                heard[path] = torch.cat([torch.tensor(starts)[:, None], rows], 1)[read]
+            for (done, starts), rows, read in zip(pending.items(), embeddings.split(counts), ok.split(counts)):
+                heard[done] = torch.cat([torch.tensor(starts)[:, None], rows], 1)[read]
                 if read.all() and first:  # what could not be read is tried again next time
-                    write_whole(places[path], partial(save_array, array=heard[path].numpy()))
+                    write_whole(places[done], partial(save_array, array=heard[done].numpy()))
             pending = {}
             model.known.clear()
     heard = [(path, content[:, 0].tolist(), content[:, 1:]) for path, content in heard.items()
@@ -737,9 +743,11 @@ def search(model, paths, queries, cache, top):
         found = []
         for i in cosines.argsort(descending=True).tolist():
             path, start = places[i]
-            if len(found) < top and all(path != other or abs(start - at) >= seconds for other, at in found):
+            if all(path != other or abs(start - at) >= seconds for other, at in found):
                 found.append((path, start))
                 print(f"  {cosines[i]:.3f}   {stretch(start, seconds)}   {path}")
+            if len(found) == top:
+                break
 
 
 # ----------------------------------------------------------------------------------- the command
@@ -753,8 +761,10 @@ def recordings(places):
     if not paths:
         raise ValueError(f"{', '.join(places)}: no audio file in it; looked for {', '.join(AUDIO)}")
     return list({os.path.realpath(path): path for path in paths}.values())  # each once
+
+
 def names_of(paths):
-    """What to call checkpoints: by their files, or folders where the file is checkpoint.pt; by path where that is taken."""
+    """What to call checkpoints: their files' names, their folders' for checkpoint.pt, the path where that is taken."""
     names = []
     for path in paths:
         name = path.resolve().parent.name if path.name == "checkpoint.pt" else path.stem
@@ -773,7 +783,8 @@ def measure(model, task, data, saved):
     Saved as JSON after each.
     """
     results, errors = {}, {}
-    for name in [name for name in TASKS if name != "toy"] if task == "all" else [task]:
+    tasks = [name for name in TASKS if name != "toy"] if task == "all" else [task]
+    for name in tasks:
         dataset, function = TASKS[name]
         try:
             results |= function(model, dataset_folder(data or dataset))
