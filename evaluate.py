@@ -81,13 +81,11 @@ def retrieval_ranks(audio, captions, captions_per_clip=5):
         raise ValueError("an embedding is not finite; the checkpoint's weights are broken")
     if len(captions) != captions_per_clip * len(audio):
         raise ValueError(f"{len(captions)} captions for {len(audio)} clips; needed: {captions_per_clip} a clip")
-    owner = torch.arange(len(captions)) // captions_per_clip                          # (M,)
-    similarity = audio @ captions.T                                                   # (N, M)
-    best_own = similarity.gather(1, torch.arange(len(captions)).view(len(audio), -1)).max(1, keepdim=True).values
-    others = owner != torch.arange(len(audio))[:, None]                               # (N, M)
-    a2t = ((similarity >= best_own) & others).sum(1)                                  # (N,)
-    right = similarity[owner, torch.arange(len(captions))]                            # (M,)
-    return a2t, (similarity >= right).sum(0) - 1                                      # (N,), (M,)
+    similarity = (audio @ captions.T).unflatten(1, (-1, captions_per_clip))           # (N, N, 5)
+    own = similarity.diagonal().T                                                     # (N, 5)
+    others = ~torch.eye(len(audio), dtype=torch.bool)[:, :, None]                     # (N, N, 1)
+    a2t = ((similarity >= own.amax(1)[:, None, None]) & others).sum((1, 2))           # (N,)
+    return a2t, (similarity >= own).sum(0).flatten() - 1                              # (N,), (M,)
 
 
 def retrieval_metrics(audio, captions, captions_per_clip=5):
@@ -131,7 +129,7 @@ def pivotability(audio, images, captions, k, captions_per_clip=5):
     audio, images: (N, D), captions: (5N, D), unit vectors; a caption found twice counts once.
     """
     nearest = (audio @ images.T).topk(min(k, len(images)), dim=1).indices             # (N, k)
-    leads_to = (images @ captions.T).topk(5, dim=1).indices                           # (N, 5)
+    leads_to = (images @ captions.T).topk(min(5, len(captions)), dim=1).indices                           # (N, 5)
     found = torch.zeros(len(audio), len(captions), dtype=torch.bool)
     found.scatter_(1, leads_to[nearest].flatten(1), True)                             # (N, 5N)
     own = torch.arange(len(captions)).view(len(audio), captions_per_clip)
@@ -178,6 +176,8 @@ def chance_map(target):
     n, p = len(target), target.sum(0)[target.any(0)].double()                         # (), (classes with a clip,)
     harmonic = (1 / torch.arange(1, n + 1).double()).sum()
     return 100 * (((p - 1) / max(1, n - 1) * (n - harmonic) + harmonic) / n).mean().item()
+
+
 # --------------------------------------------------------------------------------------- model
 
 class Model:
@@ -654,7 +654,7 @@ def windows(path, seconds):
     """
     try:
         length = soundfile.info(path).duration
-    except (OSError, RuntimeError, TypeError) as error:
+    except (OSError, RuntimeError, TypeError, UnicodeError) as error:  # UnicodeError: of the file's name
         raise Unreadable(f"{path}: can't be read as audio ({error})") from None
     if not 0 < length < 1e6:  # a week and a half; streamed files may not know their length
         raise Unreadable(f"{path}: says it lasts {length:g} s; was it cut off? Copying it with an audio tool may help")

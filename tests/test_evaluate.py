@@ -14,6 +14,7 @@ from PIL import Image
 from sklearn.metrics import average_precision_score
 
 from clip_load import audio_encoder_from_clip, fingerprint, load_clip
+from data import Unreadable
 from evaluate import (
     Model,
     average_precision,
@@ -433,6 +434,9 @@ def recordings(tmp_path):
 def test_windows_overlap_by_half_and_the_last_ends_with_the_recording(recordings):
     assert windows(recordings / "long.wav", 1.0) == pytest.approx([0, 0.5, 1, 1.5, 2, 2.3])
     assert windows(recordings / "deep/short.flac", 1.0) == [0.0]
+    for path in (recordings / "broken.wav", os.fsdecode(b"name\xff.wav")):
+        with pytest.raises(Unreadable, match="can't be read as audio"):
+            windows(path, 1.0)
 
 
 def test_search_answers_with_file_and_time_and_hears_each_file_once(run, checkpoint, recordings):
