@@ -221,15 +221,16 @@ class Model:
         return other
 
     def embed(self, kind, items, load=None):
-        """Unit embeddings (N, D) of audio files or frames, and which could be read (N,); kept for the next task.
+        """Unit embeddings (N, D) of files of a kind, "audio" or "frames", and which could be read (N,); each made once.
 
-        kind: "audio" or "frames". load: reads other items as sounds.
+        load: reads items that are no audio files, as sounds.
         """
         key = (kind, *items)
         if key not in self.known:
-            read, encode = load or self.front_end.load, lambda wave, length: self.encoder(self.front_end(wave, length))
             if kind == "frames":
                 read, encode = partial(load_image, size=self.clip.image_size), self.clip.encode_image
+            else:
+                read, encode = load or self.front_end.load, lambda *sounds: self.encoder(self.front_end(*sounds))
             embedded, ok = embed_all(items, read, encode, self.dimensions, self.device, self.workers, kind)
             if not embedded[ok].isfinite().all():
                 raise ValueError(f"{self.path}: an embedding is not finite; the checkpoint's weights are broken")
@@ -810,9 +811,11 @@ def measure_all(models, args, out):
         if args.list_missing and first and (results or model.missing):
             Path(args.list_missing).write_text("".join(f"{clip}\n" for clip in sorted(model.missing)))
             print(f"{len(model.missing)} missing clips listed in {args.list_missing}")
+        if not results and args.task != "all":
+            raise errors[args.task]
         if not results:
-            raise errors[args.task] if args.task != "all" else ValueError(
-                "no task could run here. " + " ".join(f"{task}: {error}." for task, error in errors.items()))
+            reasons = " ".join(f"{task}: {error}." for task, error in errors.items())
+            raise ValueError(f"no task could run here. {reasons}")
         row = args.row or model.identity["row"]
         runs.append((name, row, results))
         print(f"\n{path}: {model.identity['stage']}, step {model.identity['step']} of {model.identity['steps']}")
