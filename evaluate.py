@@ -21,8 +21,10 @@ import math
 import os
 import sys
 from collections import Counter
+from contextlib import closing, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +49,7 @@ from data import (
     read_segments,
     read_split,
     run,
+    stamp,
     write_whole,
     youtube_id,
 )
@@ -60,7 +63,6 @@ from pretrain import (
     versions,
 )
 
-STAGES = ["pretrain", "finetune"]
 PROMPT = "the sound of"  # §4, "Prompting (usually) helps"
 PROMPTS = {"prompt": PROMPT, "no prompt": ""}
 
@@ -79,13 +81,11 @@ def retrieval_ranks(audio, captions, captions_per_clip=5):
         raise ValueError("an embedding is not finite; the checkpoint's weights are broken")
     if len(captions) != captions_per_clip * len(audio):
         raise ValueError(f"{len(captions)} captions for {len(audio)} clips; needed: {captions_per_clip} a clip")
-    owner = torch.arange(len(captions)) // captions_per_clip                          # (M,)
-    similarity = audio @ captions.T                                                   # (N, M)
-    best_own = similarity.gather(1, torch.arange(len(captions)).view(len(audio), -1)).max(1, keepdim=True).values
-    others = owner != torch.arange(len(audio))[:, None]                               # (N, M)
-    a2t = ((similarity >= best_own) & others).sum(1)                                  # (N,)
-    right = similarity[owner, torch.arange(len(captions))]                            # (M,)
-    return a2t, (similarity >= right).sum(0) - 1                                      # (N,), (M,)
+    similarity = (audio @ captions.T).unflatten(1, (-1, captions_per_clip))           # (N, N, 5)
+    own = similarity.diagonal().T                                                     # (N, 5)
+    others = ~torch.eye(len(audio), dtype=torch.bool)[:, :, None]                     # (N, N, 1)
+    a2t = ((similarity >= own.amax(1)[:, None, None]) & others).sum((1, 2))           # (N,)
+    return a2t, (similarity >= own).sum(0).flatten() - 1                              # (N,), (M,)
 
 
 def retrieval_metrics(audio, captions, captions_per_clip=5):
@@ -129,7 +129,7 @@ def pivotability(audio, images, captions, k, captions_per_clip=5):
     audio, images: (N, D), captions: (5N, D), unit vectors; a caption found twice counts once.
     """
     nearest = (audio @ images.T).topk(min(k, len(images)), dim=1).indices             # (N, k)
-    leads_to = (images @ captions.T).topk(5, dim=1).indices                           # (N, 5)
+    leads_to = (images @ captions.T).topk(min(5, len(captions)), dim=1).indices                           # (N, 5)
     found = torch.zeros(len(audio), len(captions), dtype=torch.bool)
     found.scatter_(1, leads_to[nearest].flatten(1), True)                             # (N, 5N)
     own = torch.arange(len(captions)).view(len(audio), captions_per_clip)
@@ -156,12 +156,12 @@ def mean_average_precision(scores, target, draws=100):
     (the "basic" bootstrap), which takes that back: with 40 clips a class it held the truth 9 times of 10. With fewer
     than 20 it does not, and the mAP comes without an interval.
     """
-    ranks = ranking(scores, target)
-    precision = average_precision(*ranks)
+    ranked = ranking(scores, target)
+    precision = average_precision(*ranked)
     value = precision.nanmean().item()
     if target.sum() < 20 * target.any(0).sum():
         return 100 * value, precision
-    drawn = torch.tensor([average_precision(*ranks, weights).nanmean().item()
+    drawn = torch.tensor([average_precision(*ranked, weights).nanmean().item()
                           for weights in tqdm(resamples(len(scores), draws), desc="interval", leave=False)])
     low, high = drawn.quantile(torch.tensor([0.025, 0.975])).tolist()
     low, high = max(0.0, min(value, 2 * value - high)), min(1.0, max(value, 2 * value - low))
@@ -184,30 +184,33 @@ class Model:
     """A checkpoint's audio encoder beside the CLIP that it was trained against."""
 
     def __init__(self, path, clip=None, vocab=None, device="cpu", workers=2):
-        checkpoint = load_checkpoint(path, STAGES)
-        self.path, self.stage, self.device, self.workers = str(path), checkpoint["stage"], device, workers
+        checkpoint = load_checkpoint(path, ["pretrain", "finetune"])
+        self.path, self.device, self.workers = Path(path), device, workers
         self.encoder, self.front_end = audio_encoder_of(checkpoint, path)
         try:
-            made_with, settings, scale = checkpoint["clip"], checkpoint["settings"], checkpoint["learner"]["log_scale"]
+            made_with, settings = checkpoint["clip"], checkpoint["settings"]
+            self.log_scale = checkpoint["learner"]["log_scale"].item()
         except (KeyError, TypeError, RuntimeError) as error:
             raise ValueError(f"{path}: not a whole checkpoint ({type(error).__name__}: {error})") from None
         self.encoder.to(device)
-        self.clip = load_clip(clip or made_with["weights"], device)
+        clip, vocab = clip or made_with["weights"], vocab or made_with["vocab"]
+        self.clip = load_clip(clip, device)
         if fingerprint(self.clip) != made_with["fingerprint"]:
-            raise ValueError(f"{clip or made_with['weights']}: not the CLIP that {path} was trained against; its "
-                             f"fingerprint is not {made_with['fingerprint']}. Name the right one with --clip")
-        self.tokenizer = Tokenizer(vocab or made_with["vocab"], self.clip.context_length)
+            raise ValueError(f"{clip}: not the CLIP that {path} was trained against; its fingerprint is not "
+                             f"{made_with['fingerprint']}. Name the right one with --clip")
+        self.tokenizer = Tokenizer(vocab, self.clip.context_length)
         if self.tokenizer.vocab_size != self.clip.token_embedding.num_embeddings:
-            raise ValueError(f"{vocab or made_with['vocab']}: {self.tokenizer.vocab_size} tokens, this CLIP has "
+            raise ValueError(f"{vocab}: {self.tokenizer.vocab_size} tokens, this CLIP has "
                              f"{self.clip.token_embedding.num_embeddings}; name the right one with --vocab")
         self.dimensions = self.clip.visual.proj.shape[1]
-        self.log_scale = scale.item()
-        source, init = settings.get("source", ""), settings.get("init")
-        row = f"+AT {source.upper()}" if source else "VA-Rand" if init == "random" else "vip-AnT"
-        self.identity = {"checkpoint": self.path, "stage": self.stage, "step": checkpoint["step"],
+        self.source, init = settings.get("source", ""), settings.get("init")
+        self.pairs = settings.get("pairs") or checkpoint.get("samples")
+        row = f"+AT {self.source.upper()}" if self.source else "VA-Rand" if init == "random" else "vip-AnT"
+        self.identity = {"checkpoint": str(path), "stage": checkpoint["stage"], "step": checkpoint["step"],
                          "steps": checkpoint["steps"], "init": init, "weights": fingerprint(self.encoder),
                          "clip": made_with["fingerprint"], "row": row}
-        self.known = {}  # embeddings that an earlier task of the same run needed too
+        self.known = {}       # embeddings, for the next task of the same run
+        self.missing = set()  # ids of clips that tasks did not find on disk
 
     def longer(self, factor):
         """The same model hearing `factor` times as much of a clip: its positions resized once more (App. D)."""
@@ -217,29 +220,22 @@ class Model:
         other.encoder, other.known = lengthen(self.encoder, frames).eval(), {}
         return other
 
-    def embed(self, kind, items, read, encode):
-        """Unit embeddings (N, D) of files and which could be read (N,); kept in memory for the next task."""
-        key = (kind, tuple(items))
+    def embed(self, kind, items, load=None):
+        """Unit embeddings (N, D) of files of a kind, "audio" or "frames", and which could be read (N,); each made once.
+
+        load: reads items that are no audio files, as sounds.
+        """
+        key = (kind, *items)
         if key not in self.known:
+            if kind == "frames":
+                read, encode = partial(load_image, size=self.clip.image_size), self.clip.encode_image
+            else:
+                read, encode = load or self.front_end.load, lambda *sounds: self.encoder(self.front_end(*sounds))
             embedded, ok = embed_all(items, read, encode, self.dimensions, self.device, self.workers, kind)
             if not embedded[ok].isfinite().all():
                 raise ValueError(f"{self.path}: an embedding is not finite; the checkpoint's weights are broken")
             self.known[key] = embedded, ok
         return self.known[key]
-
-    def sounds(self, items, load=None):
-        """Audio files, or whatever `load` reads -> unit embeddings (N, D), which could be read (N,)."""
-        return self.embed("audio", items, load or self.front_end.load,
-                          lambda wave, length: self.encoder(self.front_end(wave, length)))
-
-    def audio(self, clips):
-        """Unit embeddings (N, D) of the clips' sounds, and which could be read (N,)."""
-        return self.sounds([clip.audio for clip in clips])
-
-    def images(self, clips):
-        """Unit embeddings (N, D) of the clips' second frames, and which could be read (N,)."""
-        return self.embed("frames", [clip.frames[:2][-1] for clip in clips],
-                          partial(load_image, size=self.clip.image_size), self.clip.encode_image)
 
     @torch.no_grad()
     def texts(self, texts, prompt=""):
@@ -251,104 +247,79 @@ class Model:
 
 
 # --------------------------------------------------------------------------------------- tasks
-# A task returns {part: result}; a result holds "protocol" (what was measured on), "chance" and
+# What a task measures is a result: "protocol" (what was measured on), "chance", and
 # "values" {variant: {metric: [value, low, high] in %}}. Each is a table on the screen.
 
-class NothingThere(ValueError):
-    """None of a dataset's clips is on disk; `missing` has their ids."""
-
-    def __init__(self, message, missing):
-        super().__init__(message)
-        self.missing = missing
+CLASSES = {"esc50": 50, "us8k": 10, "audioset": 527}  # of the whole sets, which the paper's numbers are about
 
 
-def load(model, name, folder, split="test", need=("audio",)):
-    """A dataset's clips that are on disk -> (list of Clip, what to say of them). Raises NothingThere, ValueError."""
-    clips = read_split(name, folder, split, need=())
+def on_disk(model, name, folder, need, split):
+    """A dataset's clips that are on disk with all they need -> (list of Clip, protocol). Raises ValueError."""
+    clips, table_file = read_split(name, folder, split, need=()), READERS[name].table(folder, split)
     here = [clip for clip in clips if all(getattr(clip, key) for key in need)
             and ("audio" not in need or os.path.exists(clip.audio))]
-    missing, table_file = [clip.id for clip in clips], READERS[name].table(Path(folder), split)
+    listed = [clip.id for clip in clips]
     if name in ("audioset", "audiocaps") and table_file.exists():  # an index holds but what was found
         found = {(youtube_id(clip.id) or [None])[0] for clip in clips}
-        missing += [segment.id for segment in read_segments(table_file) if segment.video not in found]
-    listed = len(missing)
-    if not here:
-        raise NothingThere(f"not one of {listed} clips has its {' and '.join(need)} on disk, for example "
-                           f"{clips[0].audio or clips[0].id}; is the dataset unpacked in {folder}?", missing)
+        listed += [segment.id for segment in read_segments(table_file) if segment.video not in found]
     there = {clip.id for clip in here}
-    missing = [clip for clip in missing if clip not in there]
-    try:  # the paper hears so much of a clip; who hears less is measured on another task
-        whole = min(READERS[name].seconds, soundfile.info(here[0].audio).duration)
-    except (OSError, RuntimeError, TypeError):
-        whole = READERS[name].seconds
-    if "audio" in need and model.front_end.seconds < whole - 0.01:
-        raise ValueError(f"{model.path} hears {model.front_end.seconds:.1f} s at {model.front_end.sample_rate} Hz, and "
-                         f"{whole:g} s of a clip of {name} count: its front end does not fit. Use a checkpoint with at "
-                         f"least {round(100 * whole)} frames (pretrain.py --frames)")
-    protocol = {"data": str(folder), "split": split, "listed": listed, "missing": missing,
+    missing = [clip for clip in listed if clip not in there]
+    model.missing.update(missing)
+    if not here:
+        raise ValueError(f"not one of {len(listed)} clips has its {' and '.join(need)} on disk, for example "
+                         f"{clips[0].audio or clips[0].id}; is the dataset unpacked in {folder}?")
+    protocol = {"data": str(folder), "split": split, "listed": len(listed), "missing": missing,
                 "published": table_file.exists()}
-    return here, protocol | ({"seconds": model.front_end.seconds} if "audio" in need else {})
+    if "audio" in need:  # the paper hears so much of a clip; who hears less is measured on another task
+        seconds, whole = model.front_end.seconds, READERS[name].seconds
+        with suppress(OSError, RuntimeError, TypeError):  # not audio: it will be skipped
+            whole = min(whole, soundfile.info(here[0].audio).duration)
+        if seconds < whole - 0.01:
+            raise ValueError(f"{model.path} hears {seconds:.1f} s at {model.front_end.sample_rate} Hz, and {whole:g} s "
+                             f"of a clip of {name} count: its front end does not fit. Use a checkpoint with at least "
+                             f"{round(100 * whole)} frames (pretrain.py --frames)")
+        protocol["seconds"] = seconds
+    if "captions" in need:
+        protocol["captions a clip"] = count = len(here[0].captions)
+        if odd := next((clip for clip in here if len(clip.captions) != count), None):
+            raise ValueError(f"clip {odd.id} has {len(odd.captions)} captions, clip {here[0].id} has {count}; "
+                             f"retrieval needs the same number for every clip")
+    return here, protocol
 
 
-def kept(features, clips, protocol, *oks):
-    """Clips that could be read, their rows of the features, and the protocol with the counts."""
-    ok = torch.stack(oks).all(0)
-    left = [clip for clip, use in zip(clips, ok.tolist()) if use]
-    if not left:
+def load(model, name, folder, need, split="test"):
+    """What a task needs of a dataset -> list of Clip, protocol, and unit embeddings (N, D) of their sounds, frames.
+
+    name: of READERS. need: some of "audio", "frames", "labels", "captions". Raises ValueError.
+    """
+    clips, protocol = on_disk(model, name, folder, need, split)
+    parts = [model.embed("audio", [clip.audio for clip in clips])] if "audio" in need else []
+    parts += [model.embed("frames", [clip.frames[:2][-1] for clip in clips])] if "frames" in need else []  # the second
+    ok = torch.stack([read for _, read in parts]).all(0)
+    read = list(compress(clips, ok))
+    if not read:
         raise ValueError(f"not one of {len(clips)} clips could be read, for example {clips[0].audio}")
-    counts = {"N": len(left), "unreadable": len(clips) - len(left)}
-    return left, [feature[ok] for feature in features], protocol | counts
+    return read, protocol | {"N": len(read), "unreadable": len(clips) - len(read)}, *(part[ok] for part, _ in parts)
 
 
-def captions_per_clip(clips):
-    """How many captions each clip has. Raises ValueError where they differ, for recall would not be comparable."""
-    count = len(clips[0].captions)
-    odd = next((clip for clip in clips if len(clip.captions) != count), None)
-    if odd:
-        raise ValueError(f"clip {odd.id} has {len(odd.captions)} captions, clip {clips[0].id} has {count}; retrieval "
-                         f"needs the same number for every clip")
-    return count
+def retrieval(model, name, folder, by="audio"):
+    """Retrieval between clips' sounds and their captions, with and without the prompt (Tables 3 and 8).
 
-
-def retrieval(model, clips, features, protocol):
-    """Retrieval between clips, by what stands for them (N, D), and their captions, with and without the prompt."""
-    count, values = captions_per_clip(clips), {}
-    texts = [caption for clip in clips for caption in clip.captions]
+    With by="frames" a clip's second frame stands in for its sound: OracleAV-CLIP, which measures CLIP itself.
+    """
+    clips, protocol, features = load(model, name, folder, (by, "captions"))
+    count, values, chance = protocol["captions a clip"], {}, {}
     for variant, prompt in PROMPTS.items():
-        embedded = model.texts(texts, prompt)
-        a2t, t2a = retrieval_ranks(features, embedded, count)
-        metrics = retrieval_metrics(features, embedded, count)
+        texts = model.texts([caption for clip in clips for caption in clip.captions], prompt)
+        values[variant] = retrieval_metrics(features, texts, count)
+        a2t, t2a = retrieval_ranks(features, texts, count)
         for k in (1, 5, 10):
-            metrics[f"a2t_r{k}"] = interval((a2t < k).float())
-            metrics[f"t2a_r{k}"] = interval((t2a < k).float().view(-1, count).mean(1))  # of a clip's captions
-        values[variant] = metrics
-    chance = {}
+            values[variant][f"a2t_r{k}"] = interval((a2t < k).float())
+            values[variant][f"t2a_r{k}"] = interval((t2a < k).float().view(-1, count).mean(1))  # of a clip's captions
     for k in (1, 5, 10):  # that k captions drawn blindly miss all of a clip's own
         missed = math.prod(max(0, 1 - count / max(1, count * len(clips) - i)) for i in range(k))
         chance |= {f"a2t_r{k}": 100 * (1 - missed), f"t2a_r{k}": 100 * min(1, k / len(clips))}
-    return {"protocol": protocol | {"captions a clip": count}, "chance": chance, "values": values}
-
-
-def classification(model, name, folder):
-    """Zero-shot accuracy: argmax cos(audio, text of the label) (Eq. 5), by class and by published fold."""
-    clips, protocol = load(model, name, folder, need=("audio", "labels"))
-    listed = read_split(name, folder, need=("labels",))  # a class counts although its sounds may not be on disk
-    labels = sorted({clip.labels[0] for clip in listed})
-    audio, heard = model.audio(clips)
-    clips, (audio,), protocol = kept([audio], clips, protocol, heard)
-    protocol["published"] &= len(labels) == PAPER_CLASSES[name]
-    target = torch.tensor([labels.index(clip.labels[0]) for clip in clips])           # (N,)
-    fold = torch.tensor([clip.fold for clip in clips])                                # (N,)
-    result = {"protocol": protocol | {"classes": len(labels), "folds": len(fold.unique())},
-              "chance": {"accuracy": 100 / len(labels)}, "values": {}, "by class": {}, "by fold": {}}
-    for variant, prompt in PROMPTS.items():
-        hit = zero_shot(audio, model.texts(labels, prompt), target)                   # (N,)
-        result["values"][variant] = {"accuracy": interval(hit)}
-        result["by class"][variant] = {label: 100 * hit[target == k].mean().item()
-                                       for k, label in enumerate(labels) if (target == k).any()}
-        if len(fold.unique()) > 1:
-            result["by fold"][variant] = [100 * hit[fold == f].mean().item() for f in fold.unique().tolist()]
-    return result
+    return {"protocol": protocol, "chance": chance, "values": values}
 
 
 def zero_shot(audio, texts, target):
@@ -356,46 +327,35 @@ def zero_shot(audio, texts, target):
     return ((audio @ texts.T).argmax(1) == target).float()
 
 
-def task_audiocaps(model, folder):
-    """Retrieval between AudioCaps' test sounds and their five captions (Table 3)."""
-    clips, protocol = load(model, "audiocaps", folder, need=("audio", "captions"))
-    audio, heard = model.audio(clips)
-    clips, (audio,), protocol = kept([audio], clips, protocol, heard)
-    return {"audiocaps": retrieval(model, clips, audio, protocol)}
+def classification(model, name, folder):
+    """Zero-shot accuracy, by class and by published fold too (Table 4, Fig. 6, 12)."""
+    clips, protocol, audio = load(model, name, folder, ("audio", "labels"))
+    listed = read_split(name, folder, need=("labels",))  # a class counts although its sounds may not be on disk
+    labels = sorted({clip.labels[0] for clip in listed})
+    protocol["published"] &= len(labels) == CLASSES[name]
+    target = torch.tensor([labels.index(clip.labels[0]) for clip in clips])           # (N,)
+    fold = torch.tensor([clip.fold for clip in clips])                                # (N,)
+    folds = fold.unique().tolist()
+    result = {"protocol": protocol | {"classes": len(labels), "folds": len(folds)},
+              "chance": {"accuracy": 100 / len(labels)}, "values": {}, "by class": {}, "by fold": {}}
+    for variant, prompt in PROMPTS.items():
+        hit = zero_shot(audio, model.texts(labels, prompt), target)                   # (N,)
+        result["values"][variant] = {"accuracy": interval(hit)}
+        result["by class"][variant] = {labels[k]: 100 * hit[target == k].mean().item()
+                                       for k in target.unique().tolist()}
+        if len(folds) > 1:
+            result["by fold"][variant] = [100 * hit[fold == f].mean().item() for f in folds]
+    return result
 
 
-def task_clotho(model, folder):
-    """The same on Clotho's evaluation set, on the first 10 s and on the first 18 s of a clip (Tables 3 and 8)."""
-    parts = {}
-    for ear in (model, model.longer(1.8)):
-        clips, protocol = load(ear, "clotho", folder, need=("audio", "captions"))
-        audio, heard = ear.audio(clips)
-        clips, (audio,), protocol = kept([audio], clips, protocol, heard)
-        parts[f"clotho {ear.front_end.seconds:g} s"] = retrieval(ear, clips, audio, protocol)
-    return parts
-
-
-def task_esc50(model, folder):
-    """Zero-shot classification of ESC-50, or of its subset ESC-10 (Table 4, Fig. 12)."""
-    return {"esc50": classification(model, "esc50", folder)}
-
-
-def task_us8k(model, folder):
-    """Zero-shot classification of UrbanSound8K (Table 4, Fig. 6)."""
-    return {"us8k": classification(model, "us8k", folder)}
-
-
-def task_audioset(model, folder):
+def audioset(model, folder):
     """AudioSet's eval set: mean average precision over its classes, each clip with several (Table 4)."""
-    clips, protocol = load(model, "audioset", folder, need=("audio", "labels"))
-    known = (folder / CLASS_NAMES).exists()
-    labels = list(class_names(folder).values()) if known else sorted({label for clip in clips for label in clip.labels})
-    strange = {label for clip in clips for label in clip.labels} - set(labels)
-    if strange:
+    used = {label for clip in read_split("audioset", folder, need=()) for label in clip.labels}
+    labels = list(class_names(folder).values()) if (folder / CLASS_NAMES).exists() else sorted(used)
+    if strange := used - set(labels):
         raise ValueError(f"{folder}: a clip's label {min(strange)!r} is not in {CLASS_NAMES}")
-    protocol["published"] &= len(labels) == PAPER_CLASSES["audioset"]
-    audio, heard = model.audio(clips)
-    clips, (audio,), protocol = kept([audio], clips, protocol, heard)
+    clips, protocol, audio = load(model, "audioset", folder, ("audio", "labels"))
+    protocol["published"] &= len(labels) == CLASSES["audioset"]
     number = {label: k for k, label in enumerate(labels)}
     target = torch.zeros(len(clips), len(labels), dtype=torch.bool)                   # (N, K)
     for i, clip in enumerate(clips):
@@ -407,60 +367,51 @@ def task_audioset(model, folder):
         value, precision = mean_average_precision(audio @ model.texts(labels, prompt).T, target)
         result["values"][variant] = {"map": value}
         result["by class"][variant] = {labels[k]: 100 * precision[k].item() for k in tested.nonzero().flatten()}
-    return {"audioset": result}
+    return result
 
 
-def task_va(model, folder):
+def image_audio(model, folder):
     """Retrieval between the sounds of the balanced AudioSet and their second frames (§3.2.2, Fig. 5)."""
-    clips, protocol = load(model, "audioset", folder, "val", need=("audio", "frames", "labels"))
-    (audio, heard), (images, seen) = model.audio(clips), model.images(clips)
-    clips, (audio, images), protocol = kept([audio, images], clips, protocol, heard, seen)
-    labels, values = [clip.labels for clip in clips], {}
+    clips, protocol, audio, images = load(model, "audioset", folder, ("audio", "frames", "labels"), "val")
+    labels, values, chance = [clip.labels for clip in clips], {}, {}
+    sets = Counter(map(frozenset, labels))
     for way, queries, gallery in (("i2a", images, audio), ("a2i", audio, images)):
         hit, share = top1_hits(queries, gallery, labels)
         values |= {f"{way}_precision": interval(hit), f"{way}_recall": interval(share)}
-    sets = Counter(frozenset(label) for label in labels)
-    chance = {f"{way}_precision": 100 * sum(n * n for n in sets.values()) / len(clips) ** 2 for way in ("i2a", "a2i")}
-    chance |= {f"{way}_recall": 100 / len(clips) for way in ("i2a", "a2i")}
-    return {"va": {"protocol": protocol | {"label sets": len(sets)}, "chance": chance, "values": {"": values}}}
+        chance |= {f"{way}_precision": 100 * sum(n * n for n in sets.values()) / len(clips) ** 2,
+                   f"{way}_recall": 100 / len(clips)}
+    return {"protocol": protocol | {"label sets": len(sets)}, "chance": chance, "values": {"": values}}
 
 
-def task_oracle(model, folder):
-    """OracleAV-CLIP: a clip's second frame stands in for its sound, which measures CLIP itself (Table 3)."""
-    clips, protocol = load(model, "audiocaps", folder, need=("frames", "captions"))
-    images, seen = model.images(clips)
-    clips, (images,), protocol = kept([images], clips, protocol, seen)
-    return {"oracle": retrieval(model, clips, images, protocol)}
-
-
-def task_pivot(model, folder):
+def pivots(model, folder):
     """Pivotability: how far images lead from a sound to its captions, and for which categories (App. F)."""
-    clips, protocol = load(model, "audiocaps", folder, need=("audio", "frames", "captions"))
-    audioset = folder.parent / "audioset"
-    if not any(clip.labels for clip in clips) and (audioset / CLASS_NAMES).exists():
-        clips = add_labels(clips, audioset)
-    (audio, heard), (images, seen) = model.audio(clips), model.images(clips)
-    clips, (audio, images), protocol = kept([audio, images], clips, protocol, heard, seen)
-    count = captions_per_clip(clips)
+    clips, protocol, audio, images = load(model, "audiocaps", folder, ("audio", "frames", "captions"))
+    published = folder.parent / "audioset"
+    if not any(clip.labels for clip in clips) and (published / CLASS_NAMES).exists():
+        clips = add_labels(clips, published)
     captions = model.texts([caption for clip in clips for caption in clip.captions])
-    shares = {k: pivotability(audio, images, captions, k, count) for k in (1, 2, 3, 5, 10, 20)}
+    shares = {k: pivotability(audio, images, captions, k, protocol["captions a clip"]) for k in (1, 2, 3, 5, 10, 20)}
     pivotable = shares[5] >= 0.6 - 1e-6                                               # (N,)
     values = {f"pivot_{k}": interval(share) for k, share in shares.items()} | {"pivotable": interval(pivotable.float())}
-    categories = Counter(label for clip, use in zip(clips, pivotable.tolist()) if use for label in clip.labels)
-    return {"pivot": {"protocol": protocol | {"captions a clip": count}, "chance": {}, "values": {"": values},
-                      "categories": dict(categories.most_common())}}
+    categories = Counter(label for clip in compress(clips, pivotable) for label in clip.labels)
+    return {"protocol": protocol, "chance": {}, "values": {"": values}, "categories": dict(categories.most_common())}
 
 
-def task_toy(model, folder):
-    """The toy world in short: retrieval with the sounds, with the frames (CLIP itself), and labels."""
-    return {"audio-text": task_audiocaps(model, folder)["audiocaps"],
-            "image-text (CLIP itself)": task_oracle(model, folder)["oracle"],
-            "zero-shot labels": task_esc50(model, folder)["esc50"]}
-
-
-TASKS = {"audiocaps": (task_audiocaps, "audiocaps"), "clotho": (task_clotho, "clotho"), "esc50": (task_esc50, "esc50"),
-         "us8k": (task_us8k, "us8k"), "audioset": (task_audioset, "audioset"), "va": (task_va, "audioset"),
-         "oracle": (task_oracle, "audiocaps"), "pivot": (task_pivot, "audiocaps")}  # name -> function, dataset
+TASKS = {  # name -> dataset, function(model, folder) -> {part: result}
+    "audiocaps": ("audiocaps", lambda model, folder: {"audiocaps": retrieval(model, "audiocaps", folder)}),
+    "clotho": ("clotho", lambda model, folder: {
+        f"clotho {ear.front_end.seconds:g} s": retrieval(ear, "clotho", folder) for ear in (model, model.longer(1.8))}),
+    "esc50": ("esc50", lambda model, folder: {"esc50": classification(model, "esc50", folder)}),
+    "us8k": ("us8k", lambda model, folder: {"us8k": classification(model, "us8k", folder)}),
+    "audioset": ("audioset", lambda model, folder: {"audioset": audioset(model, folder)}),
+    "va": ("audioset", lambda model, folder: {"va": image_audio(model, folder)}),
+    "oracle": ("audiocaps", lambda model, folder: {"oracle": retrieval(model, "audiocaps", folder, by="frames")}),
+    "pivot": ("audiocaps", lambda model, folder: {"pivot": pivots(model, folder)}),
+    "toy": ("toy", lambda model, folder: {  # in short what the toy world is for; `all` leaves it to its parts
+        "audio-text": retrieval(model, "audiocaps", folder),
+        "image-text (CLIP itself)": retrieval(model, "audiocaps", folder, by="frames"),
+        "zero-shot labels": classification(model, "esc50", folder)}),
+}
 
 
 # -------------------------------------------------------------------------------------- tables
@@ -481,7 +432,6 @@ PAPER_CLASSIFICATION = {  # with and without the prompt: ESC-50, US8K, AudioSet
     "+AT VC": ((61.9, 58.0), (52.7, 50.3), (8.9, 10.7)), "+AT RC": ((51.6, 36.1), (42.3, 28.5), (4.1, 4.6)),
     "+AT GL": ((67.2, 64.5), (62.6, 61.0), (15.4, 18.9)), "+AT GC": ((69.5, 64.2), (71.9, 67.1), (13.3, 13.6)),
 }
-PAPER_CLASSES = {"esc50": 50, "us8k": 10, "audioset": 527}
 PAPER_CLIPS = {"audiocaps": 860, "oracle": 860, "clotho": 1045, "esc50": 2000, "us8k": 8732, "audioset": 16_416}
 ORACLE = (4.8, 27.8, 6.6, 31.2)  # OracleAV-CLIP on AudioCaps
 RETRIEVED = ("t2a_r1", "t2a_r10", "a2t_r1", "a2t_r10")
@@ -489,29 +439,24 @@ RETRIEVED = ("t2a_r1", "t2a_r10", "a2t_r1", "a2t_r10")
 
 def paper_of(row, part):
     """What the paper reports for a row of its tables and a part of our results -> {variant: {metric: %}} or {}."""
-    if part == "oracle":
-        return {"no prompt": dict(zip(RETRIEVED, ORACLE))}
-    if part in ("audiocaps", "clotho 18 s", "clotho 10 s"):
-        table = ("audiocaps", "clotho 18 s", "clotho 10 s").index(part)
-        return {"no prompt": dict(zip(RETRIEVED, PAPER_RETRIEVAL[row][table]))}
-    if part in ("esc50", "us8k", "audioset"):
-        metric, table = "map" if part == "audioset" else "accuracy", ("esc50", "us8k", "audioset").index(part)
-        return {variant: {metric: value} for variant, value in zip(PROMPTS, PAPER_CLASSIFICATION[row][table])}
-    return {}
+    retrieved = {"oracle": ORACLE} | dict(zip(("audiocaps", "clotho 18 s", "clotho 10 s"), PAPER_RETRIEVAL[row]))
+    if part in retrieved:
+        return {"no prompt": dict(zip(RETRIEVED, retrieved[part]))}
+    classified = dict(zip(("esc50", "us8k", "audioset"), PAPER_CLASSIFICATION[row]))
+    metric = "map" if part == "audioset" else "accuracy"
+    return {variant: {metric: value} for variant, value in zip(PROMPTS, classified.get(part, ()))}
 
 
-NAMES = {"accuracy": "accuracy", "map": "mAP", "pivotable": "pivotable: 3 of 5 at k = 5",
-         **{f"pivot_{k}": f"pivotability, k = {k}" for k in (1, 2, 3, 5, 10, 20)},
-         **{f"{way}_{key}": f"{words} {name}" for way, words in
-            (("a2t", "audio -> text"), ("t2a", "text -> audio"), ("i2a", "image -> audio"), ("a2i", "audio -> image"))
-            for key, name in (("r1", "R@1"), ("r5", "R@5"), ("r10", "R@10"), ("median", "median rank"),
-                              ("precision", "precision@1"), ("recall", "recall@1"))}}
 HEADLINES = (*RETRIEVED, "accuracy", "map", "i2a_precision", "a2i_precision", "pivot_5", "pivotable")
+WORDS = {"a2t": "audio -> text", "t2a": "text -> audio", "i2a": "image -> audio", "a2i": "audio -> image",
+         "r1": "R@1", "r5": "R@5", "r10": "R@10", "median": "median rank", "precision": "precision@1",
+         "recall": "recall@1", "map": "mAP", "pivot": "pivotability, k =", "pivotable": "pivotable: 3 of 5 at k = 5"}
 
 
 def name_of(part, metric):
     """A metric's name on the screen; in some parts frames stand for sounds."""
-    return NAMES[metric].replace("audio", "frame") if part in ("oracle", "image-text (CLIP itself)") else NAMES[metric]
+    name = " ".join(WORDS.get(word, word) for word in metric.split("_"))
+    return name.replace("audio", "frame") if part in ("oracle", "image-text (CLIP itself)") else name
 
 
 def cell(value):
@@ -522,65 +467,59 @@ def cell(value):
 def table(header, rows):
     """Print rows of str under a header, columns aligned."""
     rows = [header, *rows]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    for row in rows:
-        print(("  " + row[0].ljust(widths[0])
-               + "".join("   " + text.rjust(width) for text, width in zip(row[1:], widths[1:]))).rstrip())
+    first, *widths = [max(map(len, column)) for column in zip(*rows)]
+    for name, *texts in rows:
+        print("   ".join(["  " + name.ljust(first), *map(str.rjust, texts, widths)]).rstrip())
 
 
 def show(results, row):
     """Print a checkpoint's results, a table a part, beside the paper's row where the dataset is the paper's."""
     for part, result in results.items():
-        protocol = result["protocol"]
-        read = f"{protocol['N']} of {protocol['listed']} clips of {protocol['data']}"
-        notes = [f"{read} ({len(protocol['missing'])} missing, {protocol['unreadable']} unreadable)"]
+        protocol, chance = result["protocol"], result["chance"]
+        notes = [f"({len(protocol['missing'])} missing, {protocol['unreadable']} unreadable)"]
         notes += [f"the first {protocol['seconds']:g} s of each"] if "seconds" in protocol else []
-        notes += [f"{value} {key}" for key, value in protocol.items() if value != 1 and
-                  key in ("captions a clip", "classes", "classes without a clip", "label sets", "folds")]
-        print(f"\n{part}: {', '.join(notes)}")
+        notes += [f"{protocol[key]} {key}" for key in ("captions a clip", "classes", "classes without a clip",
+                                                       "label sets", "folds") if protocol.get(key, 1) != 1]
+        print(f"\n{part}: {protocol['N']} of {protocol['listed']} clips of {protocol['data']} {', '.join(notes)}")
         paper = paper_of(row, part) if protocol["published"] else {}
-        variants, header = list(result["values"]), ["%, 95 % interval"]
-        for variant in variants:
-            header += [f'"{PROMPT} …"' if variant == "prompt" else variant, *(["paper"] if paper.get(variant) else [])]
-        rows = []
-        for metric in result["values"][variants[0]]:
-            line = [name_of(part, metric)]
-            for variant in variants:
-                line.append(cell(result["values"][variant][metric]))
-                if paper.get(variant):
-                    line.append(f"{paper[variant][metric]:.1f}" if metric in paper[variant] else "")
-            rows.append([*line, f"{result['chance'][metric]:.1f}" if metric in result["chance"] else ""])
-        table([*header, "chance" if result["chance"] else ""], rows)
+        columns = []  # (header, {metric: number})
+        for variant, values in result["values"].items():
+            columns.append((f'"{PROMPT} …"' if variant == "prompt" else variant, values))
+            columns += [("paper", paper[variant])] if variant in paper else []
+        columns += [("chance", chance)] if chance else []
+        table(["%, 95 % interval", *(header for header, _ in columns)],
+              [[name_of(part, metric), *(cell(numbers[metric]) if metric in numbers else "" for _, numbers in columns)]
+               for metric in columns[0][1]])
         for variant, folds in result.get("by fold", {}).items():
             print(f"  by fold, {variant}: {' '.join(f'{fold:.1f}' for fold in folds)}; "
                   f"{np.mean(folds):.1f} ± {np.std(folds, ddof=1):.1f}")
         if paper:
             print(f"  paper: {'OracleAV-CLIP' if part == 'oracle' else row}, on {PAPER_CLIPS[part.split()[0]]} clips")
         if "categories" in result:
-            print("  pivotable: " + (", ".join(f"{name} {count}" for name, count in
-                                               list(result["categories"].items())[:20]) or "no clip with a label"))
+            categories = [f"{name} {count}" for name, count in result["categories"].items()]
+            print(f"  pivotable: {', '.join(categories[:20]) or 'no clip with a label'}")
 
 
 def compare(runs):
     """Print the main numbers of several checkpoints, and the paper's, side by side. runs: [(name, row, results)]."""
-    parts = {part: result for *_, results in runs for part, result in results.items()}
-    papers = list(dict.fromkeys(row for _, row, _ in runs)) if any(
-        result["protocol"]["published"] for result in parts.values()) else []
+    names, paper_rows, measured = zip(*runs)
+    parts = {part: result for results in measured for part, result in results.items()}
+    published = {part for part, result in parts.items() if result["protocol"]["published"]}
+    paper_rows = list(dict.fromkeys(paper_rows)) if published else []
     rows = []
     for part, result in parts.items():
         for variant, metric in ((v, m) for m in HEADLINES for v in result["values"] if m in result["values"][v]):
-            numbers = [paper_of(row, part).get(variant, {}).get(metric) if result["protocol"]["published"] else None
-                       for row in papers]
+            numbers = [paper_of(row, part).get(variant, {}).get(metric) if part in published else None
+                       for row in paper_rows]
+            numbers += [results[part]["values"][variant][metric] if part in results else None for results in measured]
             rows.append([f"{part}, {name_of(part, metric)}{f', {variant}' if variant else ''}",
-                         *("-" if number is None else f"{number:.1f}" for number in numbers),
-                         *(cell(results[part]["values"][variant][metric]) if part in results else "-"
-                           for *_, results in runs)])
+                         *("-" if number is None else cell(number) for number in numbers)])
     print()
-    table(["%", *(f"paper: {row}" for row in papers), *(name for name, *_ in runs)], rows)
-    found = [set(results.get("pivot", {}).get("categories", {})) for *_, results in runs]
-    for (name, *_), categories in list(zip(runs, found))[1:]:
-        if categories - found[0]:  # Table 9
-            print(f"  pivotable with {name}, not with {runs[0][0]}: {', '.join(sorted(categories - found[0]))}")
+    table(["%", *(f"paper: {row}" for row in paper_rows), *names], rows)
+    first, *others = [set(results.get("pivot", {}).get("categories", {})) for results in measured]
+    for name, categories in zip(names[1:], others):
+        if categories - first:  # Table 9
+            print(f"  pivotable with {name}, not with {names[0]}: {', '.join(sorted(categories - first))}")
 
 
 def blank_figure(width, height):
@@ -592,7 +531,7 @@ def blank_figure(width, height):
 
 def by_class(runs, place, chart_only):
     """Per-class numbers (with the prompt) as a table, and as a bar chart <place><part>_classes.png (Fig. 6, 12)."""
-    for part in {part: None for *_, results in runs for part, result in results.items() if "by class" in result}:
+    for part in dict.fromkeys(part for *_, results in runs for part in results if "by class" in results[part]):
         scores = {name: results[part]["by class"]["prompt"] for name, _, results in runs if part in results}
         first = next(iter(scores.values()))
         labels = sorted(first, key=first.get, reverse=True)
@@ -603,10 +542,10 @@ def by_class(runs, place, chart_only):
             table(["%", *scores], [[label, *(f"{score.get(label, math.nan):.1f}" for score in scores.values())]
                                    for label in few])
         figure = blank_figure(max(5, 0.28 * len(few) * max(1, len(scores) / 2)), 4)
-        axes = figure.subplots()
+        axes, width = figure.subplots(), 0.8 / len(scores)
         for i, (name, score) in enumerate(scores.items()):
-            axes.bar(np.arange(len(few)) + 0.8 * i / len(scores), [score.get(label, 0) for label in few],
-                     0.8 / len(scores), label=name, align="edge")
+            axes.bar(np.arange(len(few)) + 0.8 * i / len(scores), [score.get(label, 0) for label in few], width,
+                     label=name, align="edge")
         axes.set_xticks(np.arange(len(few)) + 0.4, few, rotation=90)
         axes.set(ylabel="average precision (%)" if part == "audioset" else "accuracy (%)", title=part)
         axes.legend(fontsize="small")
@@ -638,22 +577,34 @@ def line_fit(x, y, target, draws=10_000):
     return slope, intercept, at, np.quantile(reached, [0.025, 0.975], method="lower").tolist()
 
 
-def scaling(measured, metric, target, out):
-    """Metric against the number of gold pairs, a straight line over log2(pairs), and where it meets a target (Fig. 7).
+def accuracy_by_pairs(models, folder):
+    """Zero-shot accuracy, with the prompt, of checkpoints fine-tuned on gold pairs -> {pairs: %}, seeds averaged."""
+    for model in models:
+        if model.source != "gc":
+            raise ValueError(f"{model.path}: was fine-tuned on {model.source or 'no captions'}; "
+                             f"needed: gold pairs (gc)")
+    measured = {pairs: [] for pairs in sorted(model.pairs for model in models)}
+    if len(measured) < 3:
+        raise ValueError(f"a line needs checkpoints of at least 3 numbers of pairs, these have {list(measured)}")
+    for model in models:
+        measured[model.pairs].append(classification(model, "esc50", folder)["values"]["prompt"]["accuracy"][0])
+    return {pairs: float(np.mean(accuracies)) for pairs, accuracies in measured.items()}
 
-    measured: {pairs: %}. Draws `out` and returns what it prints.
+
+def scaling(measured, target, out):
+    """Accuracy by number of gold pairs {pairs: %}, a line over log2(pairs), and where it meets a target (Fig. 7).
+
+    Draws `out` and returns what it prints.
     """
-    pairs = sorted(measured)
-    if len(pairs) < 3:
-        raise ValueError(f"a line needs checkpoints of at least 3 numbers of pairs, these have {pairs}")
-    x, y = [math.log2(count) for count in pairs], [measured[count] for count in pairs]
+    pairs, y, metric = list(measured), list(measured.values()), "zero-shot accuracy"
+    x = [math.log2(count) for count in pairs]
     slope, intercept, at, (low, high) = line_fit(x, y, target)
-    table(["pairs", metric], [[str(count), f"{measured[count]:.1f}"] for count in pairs])
+    table(["pairs", metric], [[str(count), cell(value)] for count, value in measured.items()])
     print(f"  {metric} = {intercept:.1f} + {slope:.2f} · log2(pairs); it reaches {target:g} % at 2^{at:.1f} pairs, "
           f"95 % interval 2^{low:.1f} to 2^{high:.1f}, if it stays a line (paper, ESC-50: 81 % at 2^21)")
     figure = blank_figure(5, 4)
     axes = figure.subplots()
-    ends = np.array([min(x), min(max(at, max(x)), max(x) + 12)])
+    ends = np.array([x[0], min(max(at, x[-1]), x[-1] + 12)])
     axes.plot(2 ** ends, intercept + slope * ends, "--", color="grey")
     axes.plot(pairs, y, "o")
     axes.axhline(target, color="grey", linewidth=0.5)
@@ -665,30 +616,14 @@ def scaling(measured, metric, target, out):
             "interval": [low, high if math.isfinite(high) else None], "target": target}
 
 
-def task_scaling(models, folder, paths, target, out):
-    """Zero-shot accuracy, with the prompt, of checkpoints fine-tuned on different numbers of gold pairs (Fig. 7)."""
-    measured = {}
-    for model, path in zip(models, paths):
-        checkpoint = load_checkpoint(path, ["finetune"])
-        if checkpoint["settings"]["source"] != "gc":
-            raise ValueError(f"{path}: was fine-tuned on {checkpoint['settings']['source']}; needed: gold pairs (gc)")
-        pairs = checkpoint["settings"]["pairs"] or checkpoint["samples"]
-        accuracy = classification(model, "esc50", folder)["values"]["prompt"]["accuracy"][0]
-        measured.setdefault(pairs, []).append(accuracy)  # several seeds are averaged
-    return scaling({pairs: float(np.mean(values)) for pairs, values in measured.items()}, "zero-shot accuracy", target,
-                   out / "scaling.png")
-
-
 def epochs_of(log):
     """A run's validations -> name of the metric, [(epoch, %), …]; damaged lines are left out. Raises ValueError."""
     name, measured = "", []
     for line in log.read_text(errors="replace").splitlines():
-        try:
+        with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
             row = json.loads(line)
             name = next((key for key in row if key.endswith("@1")), name)
             measured += [(float(row["epoch"]), float(row[name]))] if name in row else []
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            continue
     if not measured:
         raise ValueError(f"{log}: no validation in it")
     return name, measured
@@ -698,14 +633,14 @@ def curve(paths, out):
     """Image-audio retrieval by epoch, from the logs beside the checkpoints (Fig. 5)."""
     figure = blank_figure(5, 4)
     axes = figure.subplots()
-    for path in paths:
+    for path, name in zip(paths, names_of(paths)):
         log = path.with_name("log.jsonl")
         if not log.exists():
             raise FileNotFoundError(f"{log}: no log beside the checkpoint; pretrain.py and finetune.py leave one")
-        name, measured = epochs_of(log)
-        axes.plot(*zip(*measured), marker="o", label=path.parent.name)
-        print(f"{path.parent.name}: {name} by epoch: {' '.join(f'{value:.1f}' for _, value in measured)}")
-    axes.set(xlabel="epoch", ylabel=f"{name} (%)")
+        metric, measured = epochs_of(log)
+        axes.plot(*zip(*measured), marker="o", label=name)
+        print(f"{name}: {metric} by epoch: {' '.join(f'{value:.1f}' for _, value in measured)}")
+    axes.set(xlabel="epoch", ylabel=f"{metric} (%)")
     axes.legend(fontsize="small")
     figure.savefig(out, dpi=150)
     print(f"drawn in {out}")
@@ -720,7 +655,7 @@ def windows(path, seconds):
     """
     try:
         length = soundfile.info(path).duration
-    except (OSError, RuntimeError, TypeError) as error:
+    except (OSError, RuntimeError, TypeError, UnicodeError) as error:  # UnicodeError: of the file's name
         raise Unreadable(f"{path}: can't be read as audio ({error})") from None
     if not 0 < length < 1e6:  # a week and a half; streamed files may not know their length
         raise Unreadable(f"{path}: says it lasts {length:g} s; was it cut off? Copying it with an audio tool may help")
@@ -731,11 +666,10 @@ def windows(path, seconds):
 def remembered(place, dimensions):
     """What `hear` has kept of a recording (W, 1 + D), None where there is nothing, or it is damaged."""
     content = open_array(place)
-    fits = content is not None and content.dtype == np.float32 and content.ndim == 2
-    if not fits or content.shape[1] != 1 + dimensions or not np.isfinite(content).all():
+    if content is None or content.dtype != np.float32 or content.ndim != 2 or content.shape[1] != 1 + dimensions:
         return None
-    lengths = np.linalg.norm(content[:, 1:], axis=1)
-    return torch.from_numpy(content.copy()) if (abs(lengths - 1) < 1e-3).all() else None
+    fits = np.isfinite(content).all() and (abs(np.linalg.norm(content[:, 1:], axis=1) - 1) < 1e-3).all()
+    return torch.from_numpy(content.copy()) if fits else None
 
 
 def save_array(path, array):
@@ -749,53 +683,43 @@ def hear(model, paths, cache):
 
     Embeddings are kept in the folder `cache`, a file a recording, by its path, size and time and by the model.
     """
-    places = {}
-    cache.mkdir(parents=True, exist_ok=True)
-    for path in paths:
-        try:
-            stat = os.stat(path)
-        except OSError as error:
-            say(f"skipped: {path}: {error.strerror}", file=sys.stderr)
-            continue
-        made_of = (os.path.realpath(path), stat.st_size, stat.st_mtime_ns, model.identity["weights"], model.front_end)
-        places[path] = cache / (hashlib.sha256(repr(made_of).encode()).hexdigest()[:32] + ".npy")
-    known = {path: remembered(place, model.dimensions) for path, place in places.items()}
-    todo, batch = [path for path in places if known[path] is None], []
-    lock = Claim(cache / "lock", wait=True) if todo and ranks()[0] == 0 else None
-    for path in todo:
-        try:
-            batch += [(path, start) for start in windows(path, model.front_end.seconds)]
-        except Unreadable as error:
-            say(f"skipped: {error}", file=sys.stderr)
-        if batch and (len(batch) >= 1024 or path == todo[-1]):
-            embedded, ok = model.sounds(batch, model.front_end.load_window)
-            for name in dict.fromkeys(name for name, _ in batch):
-                own = [i for i, (other, _) in enumerate(batch) if other == name]
-                rows = [i for i in own if ok[i]]
-                starts = torch.tensor([batch[i][1] for i in rows]).view(-1, 1)
-                known[name] = torch.cat([starts, embedded[rows]], 1).float()          # (W, 1 + D)
-                if len(rows) == len(own) and ranks()[0] == 0:  # what could not be read is tried again next time
-                    write_whole(places[name], lambda part, name=name: save_array(part, known[name].numpy()))
-            batch, model.known = [], {}
-    if lock:
-        lock.close()
-    heard = [(path, content[:, 0].tolist(), content[:, 1:]) for path, content in known.items()
+    def place(path):
+        made_of = (os.path.realpath(path), *stamp(path), model.identity["weights"], model.front_end)
+        return cache / f"{hashlib.sha256(repr(made_of).encode()).hexdigest()[:32]}.npy"
+
+    places = {path: place(path) for path in paths}
+    heard = {path: remembered(places[path], model.dimensions) for path in paths}     # each (W, 1 + D): start, embedding
+    todo, pending = [path for path in paths if heard[path] is None], {}
+    first = ranks()[0] == 0
+    with closing(Claim(cache / "lock", wait=True)) if todo and first else nullcontext():
+        for path in todo:
+            try:
+                pending[path] = windows(path, model.front_end.seconds)
+            except Unreadable as error:
+                if first:
+                    print(f"skipped: {error}", file=sys.stderr)
+            if not pending or (path != todo[-1] and sum(map(len, pending.values())) < 1024):
+                continue  # many short files make one batch
+            batch = [(path, start) for path, starts in pending.items() for start in starts]
+            embeddings, ok = model.embed("audio", batch, model.front_end.load_window)
+            counts = [len(starts) for starts in pending.values()]
+            for (done, starts), rows, read in zip(pending.items(), embeddings.split(counts), ok.split(counts)):
+                heard[done] = torch.cat([torch.tensor(starts)[:, None], rows], 1)[read]
+                if read.all() and first:  # what could not be read is tried again next time
+                    write_whole(places[done], partial(save_array, array=heard[done].numpy()))
+            pending = {}
+            model.known.clear()
+    heard = [(path, content[:, 0].tolist(), content[:, 1:]) for path, content in heard.items()
              if content is not None and len(content)]
     if not heard:
         raise ValueError(f"nothing to listen to: not one of {len(paths)} files could be read")
     return heard
 
 
-def say(*words, file=None):
-    """Print on one rank; a file name that is no text is shown with escapes."""
-    if ranks()[0] == 0:
-        print(*(word.encode(errors="backslashreplace").decode() for word in words), file=file)
-
-
 def stretch(start, seconds):
     """0:10.0-0:20.0"""
-    return "-".join(f"{tenths // 600}:{tenths % 600 / 10:04.1f}"
-                    for tenths in (round(10 * start), round(10 * (start + seconds))))
+    tenths = round(10 * start), round(10 * (start + seconds))
+    return "-".join(f"{n // 600}:{n % 600 / 10:04.1f}" for n in tenths)
 
 
 def tag(model, paths, labels, cache):
@@ -803,31 +727,28 @@ def tag(model, paths, labels, cache):
     texts = model.texts(labels, PROMPT)                                               # (K, D)
     for path, starts, audio in hear(model, paths, cache):
         chances = (math.exp(model.log_scale) * audio @ texts.T).softmax(1)            # (W, K)
-        say(f"\n{path}")
+        print(f"\n{path}")
         for start, chance in zip(starts, chances):
             best = chance.argsort(descending=True)[:5].tolist()
-            say(f"  {stretch(start, model.front_end.seconds)}   "
-                + ", ".join(f"{labels[k]} {100 * chance[k]:.0f} %" for k in best))
+            print(f"  {stretch(start, model.front_end.seconds)}   "
+                  + ", ".join(f"{labels[k]} {100 * chance[k]:.0f} %" for k in best))
 
 
-def search(model, paths, queries, cache, top=10):
-    """Print the stretches of the recordings that fit each query best. Returns [[(cosine, path, start), …], …]."""
-    heard, answers = hear(model, paths, cache), []
+def search(model, paths, queries, cache, top):
+    """Print the `top` stretches of the recordings that fit each query best, none of which overlap."""
+    heard, seconds = hear(model, paths, cache), model.front_end.seconds
     audio = torch.cat([embeddings for *_, embeddings in heard])                       # (W, D)
-    place = [(path, start) for path, starts, _ in heard for start in starts]
+    places = [(path, start) for path, starts, _ in heard for start in starts]
     for query, cosines in zip(queries, model.texts(queries) @ audio.T):               # (W,)
+        print(f"\n{query}")
         found = []
         for i in cosines.argsort(descending=True).tolist():
-            path, start = place[i]
-            if all(path != other or abs(start - at) >= model.front_end.seconds for _, other, at in found):
-                found.append((cosines[i].item(), path, start))
+            path, start = places[i]
+            if all(path != other or abs(start - at) >= seconds for other, at in found):
+                found.append((path, start))
+                print(f"  {cosines[i]:.3f}   {stretch(start, seconds)}   {path}")
             if len(found) == top:
                 break
-        say(f"\n{query}")
-        for cosine, path, start in found:
-            say(f"  {cosine:.3f}   {stretch(start, model.front_end.seconds)}   {path}")
-        answers.append(found)
-    return answers
 
 
 # ----------------------------------------------------------------------------------- the command
@@ -843,25 +764,13 @@ def recordings(places):
     return list({os.path.realpath(path): path for path in paths}.values())  # each once
 
 
-def measure(model, tasks, data, save):
-    """Run tasks on their datasets, or on the folder `data` -> results, what could not run {task: reason}.
-
-    save(results, reasons) is called after each. Raises what a single task raises, ValueError where none could run.
-    """
-    results, reasons = {}, {}
-    for name in tasks:
-        function, dataset = TASKS.get(name, (task_toy, "toy"))
-        try:
-            results |= function(model, dataset_folder(data or dataset))
-        except (OSError, ValueError) as error:
-            if len(tasks) == 1:
-                raise
-            reasons[name] = str(error)
-        if results:
-            save(results, reasons)
-    if not results:
-        raise ValueError("no task could run here. " + " ".join(f"{name}: {why}." for name, why in reasons.items()))
-    return results, reasons
+def names_of(paths):
+    """What to call checkpoints: their files' names, their folders' for checkpoint.pt, the path where that is taken."""
+    names = []
+    for path in paths:
+        name = path.resolve().parent.name if path.name == "checkpoint.pt" else path.stem
+        names.append(str(path) if name in names else name)
+    return names
 
 
 def save_json(path, content):
@@ -869,9 +778,60 @@ def save_json(path, content):
     write_whole(path, lambda part: part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n"))
 
 
+def measure(model, task, data, saved):
+    """Run a task, or all, each on its dataset or on the folder `data` -> {part: result}, {task: why it could not run}.
+
+    Saved as JSON after each.
+    """
+    results, errors = {}, {}
+    tasks = [name for name in TASKS if name != "toy"] if task == "all" else [task]
+    for name in tasks:
+        dataset, function = TASKS[name]
+        try:
+            results |= function(model, dataset_folder(data or dataset))
+        except (OSError, ValueError) as error:
+            errors[name] = error
+        if results and ranks()[0] == 0:
+            save_json(saved, {"task": task, "model": model.identity, "versions": versions(), "results": results,
+                              "not measured": {name: str(error) for name, error in errors.items()}})
+    return results, errors
+
+
+def measure_all(models, args, out):
+    """Each model's tables, then all of them side by side."""
+    runs, paths = [], [model.path for model in models]
+    prefixes = ["" if path.name == "checkpoint.pt" else f"{path.stem}." for path in paths]
+    first = ranks()[0] == 0
+    for model, path, name, prefix in zip(models, paths, names_of(paths), prefixes):
+        saved = path.with_name(f"{prefix}{args.task}.json")
+        if args.out:
+            saved = out / f"{name.strip('/').replace('/', '_')}.{args.task}.json"
+        with closing(Claim(f"{saved}.lock")) if first else nullcontext():
+            results, errors = measure(model, args.task, args.data, saved)
+        if args.list_missing and first and (results or model.missing):
+            Path(args.list_missing).write_text("".join(f"{clip}\n" for clip in sorted(model.missing)))
+            print(f"{len(model.missing)} missing clips listed in {args.list_missing}")
+        if not results and args.task != "all":
+            raise errors[args.task]
+        if not results:
+            reasons = " ".join(f"{task}: {error}." for task, error in errors.items())
+            raise ValueError(f"no task could run here. {reasons}")
+        row = args.row or model.identity["row"]
+        runs.append((name, row, results))
+        print(f"\n{path}: {model.identity['stage']}, step {model.identity['step']} of {model.identity['steps']}")
+        show(results, row)
+        for task, error in errors.items():
+            print(f"\n{task}: not measured. {error}")
+        print(f"\nsaved in {saved}")
+    if args.task != "toy" and first:
+        by_class(runs, f"{out}/{prefixes[0]}", chart_only=args.task == "all")
+    if len(runs) > 1 or args.task == "all":
+        compare(runs)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--task", required=True, choices=[*TASKS, "toy", "all", "scaling", "curve", "tag", "search"])
+    parser.add_argument("--task", required=True, choices=[*TASKS, "all", "scaling", "curve", "tag", "search"])
     parser.add_argument("--checkpoint", help="of pretrain.py, finetune.py or clip_load.py import-vipant "
                                              "(out/audioset/pretrain/checkpoint.pt; for the toy out/toy/pretrain/…)")
     parser.add_argument("--compare", nargs="+", metavar="CHECKPOINT", help="several checkpoints, side by side")
@@ -889,82 +849,43 @@ def main():
     parser.add_argument("--workers", type=int, default=2, help="processes that decode")
     args = parser.parse_args()
     labels = [label.strip() for label in (args.labels or "").split(",") if label.strip()]
-    own_sounds = args.task in ("tag", "search")
-    if own_sounds and not (args.audio and (labels if args.task == "tag" else args.query)):
-        parser.error(f"--task {args.task} needs --audio and {'--labels' if args.task == 'tag' else '--query'}")
-    if args.compare and (args.checkpoint or own_sounds):
+    if args.task == "tag" and not (args.audio and labels):
+        parser.error("--task tag needs --audio and --labels")
+    if args.task == "search" and not (args.audio and args.query):
+        parser.error("--task search needs --audio and --query")
+    if args.compare and (args.checkpoint or args.task in ("tag", "search")):
         parser.error("--compare goes with neither --checkpoint nor tag nor search")
     if args.top < 1:
         parser.error("--top: at least 1")
+
     device = start_ranks()
-    toy = args.task == "toy" or Path(args.data or "").name == "toy"
-    paths = [Path(path) for path in
-             args.compare or [args.checkpoint or f"out/{'toy' if toy else 'audioset'}/pretrain/checkpoint.pt"]]
-    out = Path(args.out) if args.out else paths[0].parent
+    if ranks()[0] > 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the first speaks for all
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text
+    world = "toy" if "toy" in (args.task, Path(args.data or "").name) else "audioset"
+    paths = [Path(path) for path in args.compare or [args.checkpoint or f"out/{world}/pretrain/checkpoint.pt"]]
+    out = Path(args.out or paths[0].parent)
     if args.out:
         out.mkdir(parents=True, exist_ok=True)
-    if own_sounds:
-        files, model = recordings(args.audio), Model(paths[0], args.clip, args.vocab, device, args.workers)
-        if args.task == "tag":
-            tag(model, files, labels, out / "heard")
-        else:
-            search(model, files, args.query, out / "heard", args.top)
-        return
     if args.task == "curve":
         curve(paths, out / "curve.png")
         return
-    tasks, runs = list(TASKS) if args.task == "all" else [args.task], []
-    if args.task != "all":
-        place = {"toy": "toy", "scaling": "esc50"}.get(args.task) or TASKS[args.task][1]
-        folder = dataset_folder(args.data or place)  # before the checkpoint is asked for
+    if args.task in ("tag", "search"):
+        files = recordings(args.audio)
+    elif args.task != "all":  # before a checkpoint is asked for
+        folder = dataset_folder(args.data or ("esc50" if args.task == "scaling" else TASKS[args.task][0]))
     models = [Model(path, args.clip, args.vocab, device, args.workers) for path in paths]  # what is broken shows now
-    if args.task == "scaling":
-        result = task_scaling(models, folder, paths, args.target, out)
+    if args.task == "tag":
+        tag(models[0], files, labels, out / "heard")
+    elif args.task == "search":
+        search(models[0], files, args.query, out / "heard", args.top)
+    elif args.task == "scaling":
+        measured = accuracy_by_pairs(models, folder)
         if ranks()[0] == 0:
+            result = scaling(measured, args.target, out / "scaling.png")
             save_json(out / "scaling.json", result | {"checkpoints": [model.identity for model in models]})
-        return
-    missing = set()
-    for path, model in zip(paths, models):
-        row = args.row or model.identity["row"]
-        name, stem = (path.parent.name, "") if path.name == "checkpoint.pt" else (path.stem, f"{path.stem}.")
-        name = str(path) if name in [other for other, *_ in runs] else name
-        saved = (out if args.out else path.parent) / f"{f'{name}.' if args.out and not stem else stem}{args.task}.json"
-
-        lock = Claim(f"{saved}.lock") if ranks()[0] == 0 else None
-
-        def save(results, reasons, model=model, saved=saved):
-            if ranks()[0] == 0:
-                save_json(saved, {"task": args.task, "model": model.identity, "versions": versions(),
-                                  "results": results, "not measured": reasons})
-
-        try:
-            results, reasons = measure(model, tasks, args.data, save)
-        except NothingThere as error:
-            list_missing(args.list_missing, error.missing)
-            raise
-        missing |= {clip for result in results.values() for clip in result["protocol"]["missing"]}
-        list_missing(args.list_missing, missing)
-        runs.append((name, row, results))
-        if ranks()[0] == 0:
-            print(f"\n{path}: {model.identity['stage']}, step {model.identity['step']} of {model.identity['steps']}")
-            show(results, row)
-            for task, reason in reasons.items():
-                print(f"\n{task}: not measured. {reason}")
-            lock.close()
-            print(f"\nsaved in {saved}")
-    if ranks()[0] == 0:
-        if args.task != "toy":
-            stem = "" if paths[0].name == "checkpoint.pt" else f"{paths[0].stem}."
-            by_class(runs, f"{out}/{stem}", chart_only=args.task == "all")
-        if len(runs) > 1 or args.task == "all":
-            compare(runs)
-
-
-def list_missing(path, clips):
-    """Write ids of missing clips to a file, a line each."""
-    if path and ranks()[0] == 0:
-        Path(path).write_text("".join(f"{clip}\n" for clip in sorted(clips)))
-        print(f"{len(clips)} missing clips listed in {path}")
+    else:
+        measure_all(models, args, out)
 
 
 if __name__ == "__main__":

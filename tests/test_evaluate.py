@@ -2,6 +2,8 @@
 import json
 import os
 import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from PIL import Image
 from sklearn.metrics import average_precision_score
 
 from clip_load import audio_encoder_from_clip, fingerprint, load_clip
+from data import Unreadable
 from evaluate import (
     Model,
     average_precision,
@@ -20,6 +23,7 @@ from evaluate import (
     interval,
     line_fit,
     mean_average_precision,
+    names_of,
     paper_of,
     pivotability,
     ranking,
@@ -111,6 +115,7 @@ def test_pivotability_by_hand():
     audio = torch.tensor([[1.0, 0.0], [0.8, 0.6]])  # both nearest to image 0
     assert pivotability(audio, images, captions, 1).tolist() == pytest.approx([3 / 5, 2 / 5])
     assert pivotability(audio, images, captions, 2).tolist() == pytest.approx([3 / 5, 1])  # 5 and 6 found twice, counted once
+    assert pivotability(images[:1], images[:1], captions[:2], 5, captions_per_clip=2).tolist() == [1]  # fewer than five
 
 
 def test_label_sets_by_hand():
@@ -302,12 +307,30 @@ def test_every_task_on_one_folder_and_two_checkpoints_side_by_side(run, checkpoi
     assert sum(categories.values()) == round(pivotable * 24 / 100)  # each toy clip has one label
 
 
+def test_names_of_checkpoints_differ():
+    paths = ["out/a/pretrain/checkpoint.pt", "out/b/pretrain/checkpoint.pt", "out/ac.pt", "out/toy/ac.pt"]
+    assert names_of(map(Path, paths)) == ["pretrain", "out/b/pretrain/checkpoint.pt", "ac", "out/toy/ac.pt"]
+
+
+def test_checkpoints_of_one_name_have_a_result_each_in_one_folder(run, checkpoint, world, tmp_path):
+    one, two = checkpoint(), tmp_path / "other/model_100.pt"
+    two.parent.mkdir()
+    shutil.copy(one, two)
+    run("evaluate.py", "--task", "va", "--data", world, "--compare", one, two, "--out", tmp_path / "results")
+    saved = [json.loads(path.read_text())["model"]["checkpoint"] for path in (tmp_path / "results").glob("*.va.json")]
+    assert sorted(saved) == sorted([str(one), str(two)])
+
+
 def test_all_measures_what_is_on_disk_and_says_what_is_not(run, checkpoint, esc, tmp_path, monkeypatch):
     path = checkpoint(frames=1000)
     (tmp_path / "there/data").mkdir(parents=True)
     esc.rename(tmp_path / "there/data/esc50")
+    (tmp_path / "there/data/audiocaps").mkdir()
+    (tmp_path / "there/data/audiocaps/test.csv").write_text(
+        "audiocap_id,youtube_id,start_time,caption\n1,clip_000000,30,a dog\n")
     monkeypatch.chdir(tmp_path / "there")
-    done = run("evaluate.py", "--task", "all", "--checkpoint", path)
+    done = run("evaluate.py", "--task", "all", "--checkpoint", path, "--list-missing", "missing.txt")
+    assert Path("missing.txt").read_text().split() == ["1-0-A-0.wav", "clip_000000_30"]
     saved = json.loads(path.with_name("model_1000.all.json").read_text())
     assert list(saved["results"]) == ["esc50"] and len(saved["not measured"]) == 7
     assert "clotho: not measured. data/clotho: no such folder. Clotho: download" in done.stdout
@@ -411,6 +434,9 @@ def recordings(tmp_path):
 def test_windows_overlap_by_half_and_the_last_ends_with_the_recording(recordings):
     assert windows(recordings / "long.wav", 1.0) == pytest.approx([0, 0.5, 1, 1.5, 2, 2.3])
     assert windows(recordings / "deep/short.flac", 1.0) == [0.0]
+    for path in (recordings / "broken.wav", os.fsdecode(b"name\xff.wav")):
+        with pytest.raises(Unreadable, match="can't be read as audio"):
+            windows(path, 1.0)
 
 
 def test_search_answers_with_file_and_time_and_hears_each_file_once(run, checkpoint, recordings):
