@@ -50,6 +50,10 @@ from data import (
 
 # ------------------------------------------------------------------------- from videos to clips
 
+SLACK = 0.5  # seconds that a video may lack: tables are in whole seconds, videos are not
+DAMAGED = (av.FFmpegError, AttributeError, ValueError, RuntimeError, ArithmeticError, LookupError, MemoryError)
+
+
 @contextmanager
 def opened(path, kind):
     """A file opened with PyAV: container, its first stream of kind "audio" or "video".
@@ -58,19 +62,18 @@ def opened(path, kind):
     """
     try:
         container = av.open(f"file:{path}", metadata_errors="ignore")
-    except (OSError, av.FFmpegError) as error:
+    except (OSError, *DAMAGED) as error:
         raise Unreadable(f"{path}: can't be opened ({error})") from None
-    with container:
-        streams = [stream for stream in container.streams if stream.type == kind and stream.codec_context]
-        if not streams:
-            raise Unreadable(f"{path}: has no {'sound' if kind == 'audio' else 'pictures'}")
-        try:
+    try:
+        with container:
+            streams = [stream for stream in container.streams if stream.type == kind and stream.codec_context]
+            if not streams:
+                raise Unreadable(f"{path}: has no {'sound' if kind == 'audio' else 'pictures'}")
             yield container, streams[0]
-        except Unreadable:
+    except DAMAGED as error:
+        if isinstance(error, Unreadable):
             raise
-        except (av.FFmpegError, AttributeError, ValueError, RuntimeError, ArithmeticError, LookupError,
-                MemoryError) as error:
-            raise Unreadable(f"{path}: {type(error).__name__}: {error}") from None
+        raise Unreadable(f"{path}: {type(error).__name__}: {error}") from None
 
 
 def decoded(container, stream, start):
@@ -93,9 +96,6 @@ def decoded(container, stream, start):
             yield from frames
     except (OSError, ValueError, av.FFmpegError):
         return
-
-
-SLACK = 0.5  # seconds that a video may lack: tables are in whole seconds, videos are not
 
 
 def first_channel(frame):
@@ -203,7 +203,7 @@ class Extraction:
 
     def cut(self, video, start, end, audio, frames):
         """Write the files of one clip, as far as the video has them -> (status, reason)."""
-        status, reason, wave = "unreadable", "", None
+        status, reason = "unreadable", ""
         try:
             wave = cut_audio(video, start, end, self.sample_rate).clamp(-1, 1)
             rounded = (wave * 32_767).round()
@@ -216,9 +216,9 @@ class Extraction:
             status = "done"
         except Unreadable as error:
             reason = str(error)
-        if status != "unreadable":
-            write_whole(audio, lambda path: soundfile.write(path, wave.numpy(), self.sample_rate, "PCM_16",
-                                                            format="WAV"))
+            if status == "unreadable":
+                return status, reason
+        write_whole(audio, lambda path: soundfile.write(path, wave.numpy(), self.sample_rate, "PCM_16", format="WAV"))
         return status, reason
 
 

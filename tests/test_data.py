@@ -271,7 +271,7 @@ def test_clotho_as_published(tmp_path):
 
 def test_toy_world_is_the_same_for_the_same_seed_and_keeps_captions_from_training(world, tmp_path):
     make_toy(tmp_path / "again", splits={"train": 64}, workers=1)
-    for name in ("audio/train_5.wav", "frames/train_5_2.jpg"):
+    for name in ("audio/train_5.wav", "frames/train_5_2.jpg", "train.jsonl", "gold.jsonl", "ac.txt", "vocab.txt.gz"):
         assert (tmp_path / "again" / name).read_bytes() == (world / name).read_bytes()
     assert len(set(THINGS)) == 144
     assert all(not clip.captions and len(clip.frames) == 4 for clip in read_index(world / "train.jsonl"))
