@@ -72,7 +72,7 @@ def load_audio(path, sample_rate, seconds=None, start=0.0):
             else:
                 if seconds is None:
                     raise Unreadable(f"{path}: longer than {LONGEST // 3600} hours; cut it")
-    except (OSError, RuntimeError, TypeError) as error:  # soundfile's own is a RuntimeError; TypeError: a .raw file
+    except (OSError, RuntimeError, TypeError, UnicodeError) as error:  # soundfile's; a .raw file; a name not in UTF-8
         raise Unreadable(f"{path}: can't be read as audio ({error})") from None
     if channels > 1:
         warnings.warn("some audio has more than one channel: its first is used (§3.2.2)", stacklevel=1)
@@ -552,7 +552,6 @@ READERS = {
     "us8k": Reader(read_us8k, lambda folder, split: us8k_root(folder) / "metadata/UrbanSound8K.csv", 4),
 }
 
-
 HOW_TO_GET = {
     "audioset": "AudioSet comes as ids: download the videos yourself, then see 'The full run' in README.md. "
                 "To try without any download: python pretrain.py --data toy",
@@ -582,11 +581,11 @@ def read_split(name, folder, split="test", need=("audio",)):
     name: one of READERS. need: as for read_index. Raises FileNotFoundError, ValueError (file and line).
     """
     folder = Path(folder)
-    if (folder / f"{split}.jsonl").exists():
-        return read_index(folder / f"{split}.jsonl", need)
-    table = READERS[name].table(folder, split)
+    index, table = folder / f"{split}.jsonl", READERS[name].table(folder, split)
+    if index.exists():
+        return read_index(index, need)
     if not table.exists():
-        raise FileNotFoundError(f"{folder}: holds neither {split}.jsonl nor {table.relative_to(folder)}. "
+        raise FileNotFoundError(f"{folder}: holds neither {index.name} nor {table.relative_to(folder)}. "
                                 f"{HOW_TO_GET[name]}")
     return READERS[name].read(folder, split)
 
@@ -667,9 +666,8 @@ class Claim:
                 break  # and not a file that its holder has just removed
             self.file.close()
         self.file.truncate(0)
-        self.file.write(f"{' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])} (process {os.getpid()} on "
-                        f"{socket.gethostname()}, since {datetime.now().isoformat(' ', 'seconds')})\n")
-        self.file.flush()
+        print(Path(sys.argv[0]).name, *sys.argv[1:], f"(process {os.getpid()} on {socket.gethostname()}, since "
+              f"{datetime.now().isoformat(' ', 'seconds')})", file=self.file, flush=True)
 
     def close(self):
         self.path.unlink(missing_ok=True)
