@@ -269,7 +269,7 @@ class Clip:
 
 @contextmanager
 def reading(path, what="a CSV in UTF-8", missing="no such file; it belongs to the dataset as published"):
-    """A text file of a dataset, open. Raises FileNotFoundError, ValueError that name it and say `missing`, not `what`."""
+    """A dataset's text file, open. Raises FileNotFoundError that says `missing`, ValueError where it is not `what`."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             yield file
@@ -306,7 +306,7 @@ def read_index(path, need=("audio",)):
 
 
 def clip_of_line(line, folder, names, need):
-    """One line of the index in `folder` -> Clip. names: of AudioSet's mids. Raises ValueError."""
+    """A line of the index in `folder` -> Clip. names: {mid: name} of AudioSet's classes. Raises ValueError."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -355,7 +355,8 @@ def read_folds(table, name, label, sound):
     """
     audio = table.parent.parent / "audio"
     return [Clip(row[name], inside(audio, sound.format_map(row)), labels=(row[label].replace("_", " "),),
-                 fold=int(row["fold"]) if re.fullmatch("[0-9]{1,2}", row["fold"]) else 0, easy=row.get("esc10") == "True")
+                 fold=int(row["fold"]) if re.fullmatch("[0-9]{1,2}", row["fold"]) else 0,
+                 easy=row.get("esc10") == "True")
             for row in read_csv(table, (name, "fold", label))]
 
 
@@ -653,15 +654,15 @@ class Claim:
             self.file = self.path.open("a+", errors="backslashreplace")
             try:
                 fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno not in (errno.EACCES, errno.EAGAIN):
-                    return  # a file system without locks
+            except (BlockingIOError, PermissionError):
                 self.file.seek(0)
                 holder = f"{path} is held by {self.file.read().strip() or 'another process'}"
                 if not wait:
                     raise ValueError(f"{holder}; wait for it, or choose another folder") from None
                 print(f"{holder}; waiting", file=sys.stderr, flush=True)
                 fcntl.lockf(self.file, fcntl.LOCK_EX)
+            except OSError:
+                return  # a file system without locks
             if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(self.file.fileno())):
                 break  # and not a file that its holder has just removed
             self.file.close()
@@ -697,7 +698,7 @@ def worker_starts(worker):
 def in_processes(function, items, workers):
     """Iterate over function(item) in the order of items, computed by `workers` processes (0: by this one).
 
-    A DataLoader's processes end when their parent does; with no batches to make, what it collates is one item.
+    A DataLoader that makes no batches hands single items to collate_fn, in workers that end when their parent does.
     """
     return DataLoader(items, batch_size=None, num_workers=workers, collate_fn=function, worker_init_fn=worker_starts)
 
@@ -781,6 +782,8 @@ def main():
         out = args.out or Path(args.segments).parent
         extract(args.segments, args.videos, out, args.sample_rate, args.side, args.workers)
         return
+    if args.command == "stats" and min(args.mels, args.frames) < 1:
+        raise ValueError("--mels and --frames are at least 1")
     folder = dataset_folder(args.data)
     names = {split: next((name for name, reader in READERS.items() if reader.table(folder, split).exists()), None)
              for split in ("train", "val", "test")}  # of the dataset that the folder holds as published

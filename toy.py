@@ -195,9 +195,10 @@ def make_toy(folder, seed=0, splits=TOY_SPLITS, workers=2):
     for name, rows in indexes.items():
         (partial_folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     things = [THINGS[i] for i in rng.integers(len(THINGS), size=2000)]
-    pools = {"ac": [str(rng.choice(audio_captions(thing, rng.uniform() < 0.5))) for thing in things],
-             "vc": [vision_caption(thing, rng.choice(["small", "large"]), rng.uniform() < 0.5, rng) for thing in things],
-             "fc": [free_caption(rng) for _ in things]}
+    pools = {
+        "ac": [str(rng.choice(audio_captions(thing, rng.uniform() < 0.5))) for thing in things],
+        "vc": [vision_caption(thing, rng.choice(["small", "large"]), rng.uniform() < 0.5, rng) for thing in things],
+        "fc": [free_caption(rng) for _ in things]}
     for name, captions in pools.items():
         (partial_folder / f"{name}.txt").write_text("".join(f"{caption}\n" for caption in captions))
     write_toy_vocabulary(partial_folder / "vocab.txt.gz")

@@ -204,7 +204,7 @@ def test_a_name_that_is_not_utf8_is_a_skip_in_a_pack(sounds):
     assert pack(folder, [Clip("odd", odd), Clip("1", str(folder / "1.wav"))], 16_000, 0)[1:] == (1, 1)
 
 
-def test_an_array_without_room_leaves_nothing(tmp_path, monkeypatch):
+def test_an_array_whose_making_is_interrupted_is_not_there(tmp_path, monkeypatch):
     """An array that is there has its room: a run that ends between making it and taking the room leaves none."""
     def interrupt(*_):
         raise KeyboardInterrupt
