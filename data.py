@@ -21,10 +21,11 @@ import signal
 import socket
 import sys
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from tokenize import TokenError
 
@@ -34,7 +35,7 @@ import torch
 import torch.distributed as dist
 import torchaudio
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 
 class Unreadable(ValueError):
@@ -59,18 +60,20 @@ def load_audio(path, sample_rate, seconds=None, start=0.0):
     try:
         with soundfile.SoundFile(path) as file:
             rate, channels = file.samplerate, file.channels
-            if not 1000 <= rate <= 1_000_000:
-                raise Unreadable(f"{path}: says it has {rate} samples a second; is its header damaged?")
+            check_rate(path, rate)
             if start:
                 file.seek(min(round(start * rate), file.frames))
             wanted, parts = math.ceil((seconds or LONGEST) * rate), []
-            while wanted > 0:  # a header may promise any number of samples and channels
-                parts.append(file.read(min(wanted, 2 ** 16), dtype="float32", always_2d=True)[:, 0].copy())
-                wanted = wanted - len(parts[-1]) if len(parts[-1]) == min(wanted, 2 ** 16) else -1
-    except (OSError, RuntimeError, TypeError) as error:  # soundfile's own is a RuntimeError; TypeError: a .raw file
+            for at in range(0, wanted, 2 ** 16):  # in pieces: a header may promise any number of samples and channels
+                size = min(2 ** 16, wanted - at)
+                parts.append(file.read(size, dtype="float32", always_2d=True)[:, 0].copy())
+                if len(parts[-1]) < size:
+                    break
+            else:
+                if seconds is None:
+                    raise Unreadable(f"{path}: longer than {LONGEST // 3600} hours; cut it")
+    except (OSError, RuntimeError, TypeError, UnicodeError) as error:  # soundfile's; a .raw file; a name not in UTF-8
         raise Unreadable(f"{path}: can't be read as audio ({error})") from None
-    if seconds is None and wanted == 0:
-        raise Unreadable(f"{path}: longer than {LONGEST // 3600} hours; cut it")
     if channels > 1:
         warnings.warn("some audio has more than one channel: its first is used (§3.2.2)", stacklevel=1)
     wave = np.concatenate(parts)                                                     # (S,)
@@ -80,8 +83,13 @@ def load_audio(path, sample_rate, seconds=None, start=0.0):
         raise Unreadable(f"{path}: holds NaN or infinite samples")
     if wave.min() == wave.max():
         raise Silent(f"{path}: silent (every sample of its first channel is equal)")
-    wave = torch.from_numpy(wave)
-    return resample(wave, rate, sample_rate).clamp(-1, 1)
+    return resample(torch.from_numpy(wave), rate, sample_rate).clamp(-1, 1)
+
+
+def check_rate(path, rate):
+    """Raises Unreadable where a file's header names a rate (Hz) that no recording has."""
+    if not 1000 <= rate <= 1_000_000:
+        raise Unreadable(f"{path}: says it has {rate} samples a second; is its header damaged?")
 
 
 def resample(wave, rate, new_rate):
@@ -97,6 +105,11 @@ def floating(waves):
     return waves.float() / 32768 if waves.dtype == torch.int16 else waves
 
 
+def window_and_shift(sample_rate):
+    """Samples of a frame's window (25 ms), and from one frame to the next (10 ms); rounded down, as Kaldi does."""
+    return int(sample_rate * 0.025), int(sample_rate * 0.010)
+
+
 @lru_cache
 def window_and_mel_bins(sample_rate, mels, device):
     """Hanning window (25 ms,), FFT length, and triangular mel bins as Kaldi has them; made once.
@@ -104,7 +117,7 @@ def window_and_mel_bins(sample_rate, mels, device):
     The mel bins are cut into four bands, each with the slice of FFT bins that it covers and a matrix (covered FFT bins,
     F / 4): in the whole matrix nearly everything is zero.
     """
-    length = int(sample_rate * 0.025)
+    length, _ = window_and_shift(sample_rate)
     fft = 2 ** math.ceil(math.log2(length))
 
     low, high = (1127 * math.log(1 + hertz / 700) for hertz in (20, sample_rate / 2))  # in mel
@@ -128,7 +141,7 @@ def fbank(waves, sample_rate, mels=128):
     roundings included (the quietest bins lie 100 dB below the loudest, where the order of two operations shows).
     """
     window, fft, bands = window_and_mel_bins(sample_rate, mels, waves.device)
-    length, shift = len(window), int(sample_rate * 0.010)
+    length, shift = window_and_shift(sample_rate)
     if waves.shape[1] < length:
         raise ValueError(f"{waves.shape[1]} samples; one frame at {sample_rate} Hz needs {length}")
     out = []
@@ -164,7 +177,8 @@ class FrontEnd:
     @property
     def samples(self):
         """Samples that fill all frames (a window reaches 15 ms past its frame)."""
-        return (self.frames - 1) * int(self.sample_rate * 0.010) + int(self.sample_rate * 0.025)
+        length, shift = window_and_shift(self.sample_rate)
+        return (self.frames - 1) * shift + length
 
     def load(self, path, start=0.0):
         """Audio file from `start` s on -> (samples,) zero-padded; its length. Raises Unreadable."""
@@ -188,7 +202,8 @@ class FrontEnd:
         The waveform's mean, which the paper subtracts (§3.2.2), goes with each frame's own mean.
         """
         x = fbank(floating(waves), self.sample_rate, self.mels)                      # (B, T, F)
-        heard = 1 + (lengths - int(self.sample_rate * 0.025)) // int(self.sample_rate * 0.010)
+        length, shift = window_and_shift(self.sample_rate)
+        heard = 1 + (lengths - length) // shift                                      # (B,) frames
         padding = torch.arange(self.frames, device=x.device) >= heard[:, None]       # (B, T)
         x = x.masked_fill(padding[:, :, None], 0.0)  # zeros on the right *before* normalising, as the authors do
         return ((x - self.mean) / self.std)[:, None]                                 # (B, 1, T, F)
@@ -252,42 +267,23 @@ class Clip:
     easy: bool = False      # in ESC-10, the easier part of ESC-50
 
 
-HOW_TO_GET = {
-    "audioset": "AudioSet comes as ids: download the videos yourself, then see 'The full run' in README.md. "
-                "To try without any download: python pretrain.py --data toy",
-    "audiocaps": "AudioCaps: train.csv, val.csv and test.csv from https://github.com/cdjkim/audiocaps, and its clips "
-                 "as 'Datasets' in README.md says, into data/audiocaps, or point --data at it",
-    "esc50": "ESC-50: git clone https://github.com/karolpiczak/ESC-50 data/esc50, or point --data at it",
-    "us8k": "UrbanSound8K: unpack UrbanSound8K.tar.gz from https://urbansounddataset.weebly.com into data/us8k, "
-            "or point --data at it",
-    "clotho": "Clotho: download clotho_audio_evaluation.7z and clotho_captions_evaluation.csv from "
-              "https://zenodo.org/records/4783391 into data/clotho, or point --data at it",
-    "mscoco": "MSCOCO's captions: unpack annotations_trainval2014.zip from https://cocodataset.org into data/mscoco",
-    "toy": "The toy world: python data.py toy",
-}
+@contextmanager
+def reading(path, what="a CSV in UTF-8", missing="no such file; it belongs to the dataset as published"):
+    """A dataset's text file, open. Raises FileNotFoundError that says `missing`, ValueError where it is not `what`."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            yield file
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: {missing}") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: not {what} ({error})") from None
 
 
-def dataset_folder(place):
-    """data/<place> for a dataset's name, else `place` itself. Raises FileNotFoundError that says how to get it."""
-    folder = Path("data") / place if place in HOW_TO_GET else Path(place)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder. {HOW_TO_GET.get(place, 'Point --data at one')}")
-    return folder
-
-
-def read_split(name, folder, split="test", need=("audio",)):
-    """A split (train, val, test) of a dataset -> list of Clip: `<split>.jsonl` where it is there, else as published.
-
-    name: one of READERS. need: as for read_index. Raises FileNotFoundError, ValueError (file and line).
-    """
-    folder = Path(folder)
-    if (folder / f"{split}.jsonl").exists():
-        return read_index(folder / f"{split}.jsonl", need)
-    table = READERS[name].table(folder, split)
-    if not table.exists():
-        raise FileNotFoundError(f"{folder}: holds neither {split}.jsonl nor {table.relative_to(folder)}. "
-                                f"{HOW_TO_GET[name]}")
-    return READERS[name].read(folder, split)
+def inside(folder, name):
+    """Path of a file below a folder, as a table or an index names it -> str. Raises ValueError where it leads out."""
+    if os.path.isabs(name) or ".." in name.split("/") or "\0" in name:
+        raise ValueError(f"{name!r} leads out of {folder}; put a link into that folder instead")
+    return os.path.join(folder, name)
 
 
 def read_index(path, need=("audio",)):
@@ -296,42 +292,39 @@ def read_index(path, need=("audio",)):
     need: keys that every line must have besides "id". Raises FileNotFoundError, ValueError (file and line).
     """
     path, clips = Path(path), []
-    names = class_names(path.parent) if (path.parent / CLASS_NAMES).exists() else {}
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{path}:{number}: not JSON ({error})") from None
-                row = from_authors(row) if isinstance(row, dict) and "dir" in row else row
-                missing = [key for key in ("id", *need) if not isinstance(row, dict) or row.get(key) in (None, "", [])]
-                if missing:
-                    raise ValueError(f"{path}:{number}: lacks {', '.join(missing)}; a line here needs "
-                                     f"{', '.join(('id', *need))}")
-                lists = {key: row.get(key) or [] for key in ("frames", "labels", "captions")}
-                wrong = [key for key, value in lists.items()
-                         if not isinstance(value, list) or not all(isinstance(item, str) for item in value)]
-                if wrong or not isinstance(row.get("audio") or "", str):
-                    raise ValueError(f"{path}:{number}: {', '.join(wrong) or 'audio'} must be "
-                                     f"{'a list of strings' if wrong else 'a string'}")
-                try:
-                    clips.append(Clip(id=str(row["id"]),
-                                      audio=inside(path.parent, row["audio"]) if row.get("audio") else "",
-                                      frames=tuple(inside(path.parent, frame) for frame in lists["frames"]),
-                                      labels=tuple(names.get(label, label) for label in lists["labels"]),
-                                      captions=tuple(lists["captions"])))
-                except ValueError as error:
-                    raise ValueError(f"{path}:{number}: {error}") from None
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such index. README.md, 'Index', says what it holds") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error})") from None
+    names = class_names(path.parent)
+    with reading(path, "UTF-8 text", "no such index. README.md, 'Index', says what it holds") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                if line.strip():
+                    clips.append(clip_of_line(line, path.parent, names, ("id", *need)))
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: {error}") from None
     if not clips:
         raise ValueError(f"{path}: no clips in it")
     return clips
+
+
+def clip_of_line(line, folder, names, need):
+    """A line of the index in `folder` -> Clip. names: {mid: name} of AudioSet's classes. Raises ValueError."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON ({error})") from None
+    row = row if isinstance(row, dict) else {}
+    row = from_authors(row) if "dir" in row else row
+    missing = [key for key in need if row.get(key) in (None, "", [])]
+    if missing:
+        raise ValueError(f"lacks {', '.join(missing)}; a line here needs {', '.join(need)}")
+    audio, frames, labels, captions = (row.get(key) or [] for key in ("audio", "frames", "labels", "captions"))
+    for key, value in (("frames", frames), ("labels", labels), ("captions", captions)):
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise ValueError(f"{key} must be a list of strings")
+    if audio and not isinstance(audio, str):
+        raise ValueError("audio must be a string")
+    return Clip(str(row["id"]), inside(folder, audio) if audio else "",
+                tuple(inside(folder, frame) for frame in frames),
+                tuple(names.get(label, label) for label in labels), tuple(captions))
 
 
 def from_authors(row):
@@ -341,19 +334,13 @@ def from_authors(row):
         endings = endings if isinstance(endings, list) else [endings]
         return ["/".join(filter(None, (str(row["dir"]), kind, f"{row.get('id')}.{ending}"))) for ending in endings]
 
-    return {"id": row.get("id"), "audio": (paths("clip") or paths("aclip") or [""])[0], "frames": paths("frame"),
-            "labels": row.get("labels") or [], "captions": row.get("captions") or []}
+    return row | {"audio": (paths("clip") or paths("aclip") or [""])[0], "frames": paths("frame")}
 
 
 def read_csv(path, need):
     """Rows of a CSV with a header as dicts. Raises FileNotFoundError, ValueError (missing columns)."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file; it belongs to the dataset as published") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: not a CSV in UTF-8 ({error})") from None
+    with reading(path) as file:
+        rows = list(csv.DictReader(file))
     for number, row in enumerate(rows or [{}], 2):
         missing = [column for column in need if row.get(column) is None]
         if missing:
@@ -361,25 +348,26 @@ def read_csv(path, need):
     return rows
 
 
-def read_esc50(folder, split="test"):
-    """ESC-50 (or ESC-10) as published -> list of Clip with one label and a fold; underscores become spaces."""
-    return [Clip(row["filename"], inside(folder / "audio", row["filename"]),
-                 labels=(row["category"].replace("_", " "),), fold=int(row["fold"]) if row["fold"].isdigit() else 0,
+def read_folds(table, name, label, sound):
+    """A table whose clips have one label and a published fold -> list of Clip; underscores become spaces.
+
+    name, label: its columns; sound: where in audio/, beside the table's folder, a row's sound lies.
+    """
+    audio = table.parent.parent / "audio"
+    return [Clip(row[name], inside(audio, sound.format_map(row)), labels=(row[label].replace("_", " "),),
+                 fold=int(row["fold"]) if re.fullmatch("[0-9]{1,2}", row["fold"]) else 0,
                  easy=row.get("esc10") == "True")
-            for row in read_csv(folder / "meta" / "esc50.csv", ("filename", "fold", "category"))]
+            for row in read_csv(table, (name, "fold", label))]
 
 
-def us8k_root(folder):
-    """Where the archive's content lies: the folder itself, or the UrbanSound8K/ that unpacking makes."""
-    return folder / "UrbanSound8K" if (folder / "UrbanSound8K").is_dir() else folder
+def read_esc50(folder, split="test"):
+    """ESC-50 (or ESC-10) as published -> list of Clip, the same for every split."""
+    return read_folds(READERS["esc50"].table(folder, split), "filename", "category", "{filename}")
 
 
 def read_us8k(folder, split="test"):
-    """UrbanSound8K as published -> list of Clip with one label and a fold; underscores become spaces."""
-    folder = us8k_root(folder)
-    return [Clip(row["slice_file_name"], inside(folder / "audio", f"fold{row['fold']}/{row['slice_file_name']}"),
-                 labels=(row["class"].replace("_", " "),), fold=int(row["fold"]) if row["fold"].isdigit() else 0)
-            for row in read_csv(folder / "metadata" / "UrbanSound8K.csv", ("slice_file_name", "fold", "class"))]
+    """UrbanSound8K as published -> list of Clip, the same for every split."""
+    return read_folds(READERS["us8k"].table(folder, split), "slice_file_name", "class", "fold{fold}/{slice_file_name}")
 
 
 CLOTHO_SPLITS = {"train": "development", "val": "validation", "test": "evaluation"}
@@ -387,9 +375,9 @@ CLOTHO_SPLITS = {"train": "development", "val": "validation", "test": "evaluatio
 
 def read_clotho(folder, split="test"):
     """Clotho as published -> list of Clip with 5 captions."""
-    split, keys = CLOTHO_SPLITS[split], [f"caption_{i}" for i in range(1, 6)]
-    return [Clip(row["file_name"], inside(folder / split, row["file_name"]), captions=tuple(row[key] for key in keys))
-            for row in read_csv(folder / f"clotho_captions_{split}.csv", ("file_name", *keys))]
+    sounds, keys = folder / CLOTHO_SPLITS[split], [f"caption_{i}" for i in range(1, 6)]
+    return [Clip(row["file_name"], inside(sounds, row["file_name"]), captions=tuple(row[key] for key in keys))
+            for row in read_csv(READERS["clotho"].table(folder, split), ("file_name", *keys))]
 
 
 def read_coco_captions(folder, split="train"):
@@ -422,8 +410,9 @@ def youtube_id(name):
 
 
 def class_names(folder):
-    """AudioSet's class_labels_indices.csv -> {mid: name} in the order of its index."""
-    rows = read_csv(Path(folder) / CLASS_NAMES, ("index", "mid", "display_name"))
+    """AudioSet's class_labels_indices.csv -> {mid: name} in the order of its index; {} where it is not in `folder`."""
+    table = Path(folder) / CLASS_NAMES
+    rows = read_csv(table, ("index", "mid", "display_name")) if table.exists() else []
     return {row["mid"]: row["display_name"] for row in rows}
 
 
@@ -443,16 +432,10 @@ class Segment:
 
 def read_segments(path):
     """AudioSet's CSVs (three lines of comment) or AudioCaps' (a header, a row a caption) -> list of Segment."""
-    path = Path(path)
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            published_by_audioset = file.read(1) == "#"
-            file.seek(0)
-            lines = list(csv.reader(file, skipinitialspace=True)) if published_by_audioset else []
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file; it belongs to the dataset as published") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: not a CSV in UTF-8 ({error})") from None
+    with reading(path) as file:
+        published_by_audioset = file.read(1) == "#"
+        file.seek(0)
+        lines = list(csv.reader(file, skipinitialspace=True)) if published_by_audioset else []
     if published_by_audioset:
         rows = [(number, line) for number, line in enumerate(lines, 1) if line and not line[0].startswith("#")]
     else:
@@ -513,13 +496,12 @@ def files_of(segment, files):
     return sorted(found, key=lambda file: (not file[0], VIDEO.index(os.path.splitext(file[1])[1].lower()), file[1]))
 
 
-def read_youtube(folder, table):
-    """The clips of a table of segments, with the sounds below `folder` -> list of Clip; audio "" where missing."""
-    files, names = by_video(find_files(folder, AUDIO)), {}
-    if (folder / CLASS_NAMES).exists():
-        names = class_names(folder)
+def read_youtube(name, folder, split):
+    """A split of AudioSet or AudioCaps, with the sounds below `folder` -> list of Clip; audio "" where missing."""
+    files, names = by_video(find_files(folder, AUDIO)), class_names(folder)
     return [Clip(segment.id, next((path for _, path in files_of(segment, files)), ""), captions=segment.captions,
-                 labels=tuple(names.get(mid, mid) for mid in segment.labels)) for segment in read_segments(table)]
+                 labels=tuple(names.get(mid, mid) for mid in segment.labels))
+            for segment in read_segments(READERS[name].table(folder, split))]
 
 
 def add_labels(clips, folder):
@@ -537,13 +519,15 @@ def held_out_by_audiocaps(clips, folder):
     Raises FileNotFoundError where the clips are YouTube's and AudioCaps' tables are not in `folder`.
     """
     videos = [(youtube_id(Path(clip.id).stem) or youtube_id(Path(clip.audio).stem) or [None])[0] for clip in clips]
+    if not any(videos):
+        return [False] * len(clips)
     tables = [Path(folder) / f"{split}.csv" for split in ("val", "test")]
     missing = [str(table) for table in tables if not table.exists()]
-    if missing and any(videos):
+    if missing:
         raise FileNotFoundError(f"{' and '.join(missing)}: not there, so clips that AudioCaps tests with can't be left "
                                 f"out of training. Get the tables (https://github.com/cdjkim/audiocaps) or pass "
                                 f"--leave-out none")
-    held_out = {segment.video for table in tables if not missing for segment in read_segments(table)}
+    held_out = {segment.video for table in tables for segment in read_segments(table)}
     return [video in held_out for video in videos]
 
 
@@ -555,15 +539,56 @@ class Reader:
     seconds: float      # of a clip that the paper hears
 
 
+def us8k_root(folder):
+    """Where the archive's content lies: the folder itself, or the UrbanSound8K/ that unpacking makes."""
+    return folder / "UrbanSound8K" if (folder / "UrbanSound8K").is_dir() else folder
+
+
 READERS = {
-    "audioset": Reader(lambda folder, split: read_youtube(folder, folder / f"{AUDIOSET_SPLITS[split]}.csv"),
+    "audioset": Reader(partial(read_youtube, "audioset"),
                        lambda folder, split: folder / f"{AUDIOSET_SPLITS[split]}.csv", 10),
-    "audiocaps": Reader(lambda folder, split: read_youtube(folder, folder / f"{split}.csv"),
-                        lambda folder, split: folder / f"{split}.csv", 10),
+    "audiocaps": Reader(partial(read_youtube, "audiocaps"), lambda folder, split: folder / f"{split}.csv", 10),
     "clotho": Reader(read_clotho, lambda folder, split: folder / f"clotho_captions_{CLOTHO_SPLITS[split]}.csv", 10),
-    "esc50": Reader(read_esc50, lambda folder, split: folder / "meta" / "esc50.csv", 5),
-    "us8k": Reader(read_us8k, lambda folder, split: us8k_root(folder) / "metadata" / "UrbanSound8K.csv", 4),
+    "esc50": Reader(read_esc50, lambda folder, split: folder / "meta/esc50.csv", 5),
+    "us8k": Reader(read_us8k, lambda folder, split: us8k_root(folder) / "metadata/UrbanSound8K.csv", 4),
 }
+
+HOW_TO_GET = {
+    "audioset": "AudioSet comes as ids: download the videos yourself, then see 'The full run' in README.md. "
+                "To try without any download: python pretrain.py --data toy",
+    "audiocaps": "AudioCaps: train.csv, val.csv and test.csv from https://github.com/cdjkim/audiocaps, and its clips "
+                 "as 'Datasets' in README.md says, into data/audiocaps, or point --data at it",
+    "esc50": "ESC-50: git clone https://github.com/karolpiczak/ESC-50 data/esc50, or point --data at it",
+    "us8k": "UrbanSound8K: unpack UrbanSound8K.tar.gz from https://urbansounddataset.weebly.com into data/us8k, "
+            "or point --data at it",
+    "clotho": "Clotho: download clotho_audio_evaluation.7z and clotho_captions_evaluation.csv from "
+              "https://zenodo.org/records/4783391 into data/clotho, or point --data at it",
+    "mscoco": "MSCOCO's captions: unpack annotations_trainval2014.zip from https://cocodataset.org into data/mscoco",
+    "toy": "The toy world: python data.py toy",
+}
+
+
+def dataset_folder(place):
+    """data/<place> for a dataset's name, else `place` itself. Raises FileNotFoundError that says how to get it."""
+    folder = Path("data") / place if place in HOW_TO_GET else Path(place)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder. {HOW_TO_GET.get(place, 'Point --data at one')}")
+    return folder
+
+
+def read_split(name, folder, split="test", need=("audio",)):
+    """A split (train, val, test) of a dataset -> list of Clip: `<split>.jsonl` where it is there, else as published.
+
+    name: one of READERS. need: as for read_index. Raises FileNotFoundError, ValueError (file and line).
+    """
+    folder = Path(folder)
+    index, table = folder / f"{split}.jsonl", READERS[name].table(folder, split)
+    if index.exists():
+        return read_index(index, need)
+    if not table.exists():
+        raise FileNotFoundError(f"{folder}: holds neither {index.name} nor {table.relative_to(folder)}. "
+                                f"{HOW_TO_GET[name]}")
+    return READERS[name].read(folder, split)
 
 
 # ------------------------------------------------------------- files that are whole, or not there
@@ -578,8 +603,8 @@ def write_whole(path, save):
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # soundfile's and torch.save's are RuntimeErrors
         part.unlink(missing_ok=True)
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else \
-            f"{(str(error) or type(error).__name__).splitlines()[0]}; is the disk full?"
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        reason = getattr(error, "strerror", None) or f"{said}; is the disk full?"
         raise OSError(f"{path}: can't be written ({reason}); the same command goes on from here") from None
 
 
@@ -588,17 +613,18 @@ def new_array(path, dtype, shape):
 
     Memory that is mapped to a full disk ends the process at the first write to it, without a word.
     """
-    Path(path).unlink(missing_ok=True)  # who has mapped an earlier one keeps it
-    try:
-        np.lib.format.open_memmap(path, "w+", dtype, shape)
-        if hasattr(os, "posix_fallocate"):
-            with open(path, "rb+") as file:
-                os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
-    except OSError as error:
-        Path(path).unlink(missing_ok=True)
-        need = math.prod(shape) * np.dtype(dtype).itemsize / 1e9
-        raise OSError(f"{path}: can't be written ({error.strerror}; it needs {need:.2g} GB); the same command goes "
-                      f"on from here") from None
+    def save(part):
+        try:
+            np.lib.format.open_memmap(part, "w+", dtype, shape)
+            if hasattr(os, "posix_fallocate"):
+                with open(part, "rb+") as file:
+                    os.posix_fallocate(file.fileno(), 0, os.path.getsize(part))
+        except OSError as error:
+            need = math.prod(shape) * np.dtype(dtype).itemsize / 1e9
+            raise OSError(error.errno, f"{error.strerror}; it needs {need:.2g} GB") from None
+
+    Path(path).unlink(missing_ok=True)  # makes room; who has mapped an earlier one keeps it
+    write_whole(path, save)
 
 
 def open_array(path):
@@ -625,35 +651,28 @@ class Claim:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         while True:
-            self.file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+", errors="backslashreplace")
+            self.file = self.path.open("a+", errors="backslashreplace")
             try:
                 fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno not in (errno.EACCES, errno.EAGAIN):
-                    return  # a file system without locks
+            except (BlockingIOError, PermissionError):
+                self.file.seek(0)
                 holder = f"{path} is held by {self.file.read().strip() or 'another process'}"
                 if not wait:
                     raise ValueError(f"{holder}; wait for it, or choose another folder") from None
                 print(f"{holder}; waiting", file=sys.stderr, flush=True)
                 fcntl.lockf(self.file, fcntl.LOCK_EX)
+            except OSError:
+                return  # a file system without locks
             if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(self.file.fileno())):
                 break  # and not a file that its holder has just removed
             self.file.close()
         self.file.truncate(0)
-        self.file.write(f"{' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])} (process {os.getpid()} on "
-                        f"{socket.gethostname()}, since {datetime.now().isoformat(' ', 'seconds')})\n")
-        self.file.flush()
+        print(Path(sys.argv[0]).name, *sys.argv[1:], f"(process {os.getpid()} on {socket.gethostname()}, since "
+              f"{datetime.now().isoformat(' ', 'seconds')})", file=self.file, flush=True)
 
     def close(self):
         self.path.unlink(missing_ok=True)
         self.file.close()
-
-
-def inside(folder, name):
-    """Path of a file below a folder, as a table or an index names it -> str. Raises ValueError where it leads out."""
-    if os.path.isabs(name) or ".." in name.split("/") or "\0" in name:
-        raise ValueError(f"{name!r} leads out of {folder}; put a link into that folder instead")
-    return os.path.join(folder, name)
 
 
 def stamp(path):
@@ -667,19 +686,6 @@ def stamp(path):
 
 # --------------------------------------------------------------------------- many processes
 
-class Calls(Dataset):
-    """function(item) for each item, for a DataLoader's workers to make: processes that end when their parent does."""
-
-    def __init__(self, function, items):
-        self.function, self.items = function, items
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, i):
-        return self.function(self.items[i])
-
-
 def worker_starts(worker):
     """A worker process leaves Ctrl-C to its parent, does not inherit its handler of SIGTERM, and ends when it does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -689,28 +695,21 @@ def worker_starts(worker):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
-def as_it_is(result):
-    """Collate nothing."""
-    return result
-
-
 def in_processes(function, items, workers):
-    """Iterate over function(item) in the order of items, computed by `workers` processes (0: by this one)."""
-    return DataLoader(Calls(function, items), batch_size=None, num_workers=workers, collate_fn=as_it_is,
-                      worker_init_fn=worker_starts)
+    """Iterate over function(item) in the order of items, computed by `workers` processes (0: by this one).
+
+    A DataLoader that makes no batches hands single items to collate_fn, in workers that end when their parent does.
+    """
+    return DataLoader(items, batch_size=None, num_workers=workers, collate_fn=function, worker_init_fn=worker_starts)
 
 
 # ------------------------------------------------------------------------------------ commands
-
-def stop(*_):
-    raise KeyboardInterrupt
-
 
 def run(script):
     """Run a script's main; a stop and what a user can mend end in one line, not in a traceback, under torchrun too."""
     rank, name = int(os.environ.get("RANK", "0")), Path(sys.argv[0]).name
     if "RANK" not in os.environ:  # torchrun has its own way to end its processes
-        signal.signal(signal.SIGTERM, stop)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         script()
     except KeyboardInterrupt:
@@ -746,25 +745,25 @@ def main():
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="toy | extract | stats | pack")
-    toy = commands.add_parser("toy", help="make the toy world", allow_abbrev=False)
+    command = partial(commands.add_parser, allow_abbrev=False)
+    toy = command("toy", help="make the toy world")
     toy.add_argument("--out", default="data/toy", help="folder to make (data/toy)")
     toy.add_argument("--seed", type=int, default=0)
-    cut = commands.add_parser("extract", help="cut WAV and frames out of videos", allow_abbrev=False)
+    cut = command("extract", help="cut WAV and frames out of videos")
     cut.add_argument("--segments", required=True, help="AudioSet's or AudioCaps' CSV, as published")
     cut.add_argument("--videos", required=True, help="folder with {id}.mp4, or {id}_{start}.mp4 that begin at start")
     cut.add_argument("--out", help="folder for audio/, frames/ and the index (the CSV's own)")
     cut.add_argument("--side", type=int, default=224, help="shorter side of a frame in pixels, 0: as it is (224)")
-    stats = commands.add_parser("stats", help="mean and std of a dataset's log-mel values", allow_abbrev=False)
-    packs = commands.add_parser("pack", help="sounds as 16-bit samples in one file, which training then reads",
-                                allow_abbrev=False)
-    for command in (stats, packs):
-        command.add_argument("--data", default="audioset", help="a dataset's name or its folder (audioset)")
+    stats = command("stats", help="mean and std of a dataset's log-mel values")
+    packs = command("pack", help="sounds as 16-bit samples in one file, which training then reads")
+    for each in (stats, packs):
+        each.add_argument("--data", default="audioset", help="a dataset's name or its folder (audioset)")
     stats.add_argument("--split", default="train", choices=["train", "val", "test"], help="(train)")
     stats.add_argument("--mels", type=int, default=FrontEnd.mels, help="mel bins (128)")
     stats.add_argument("--frames", type=int, default=FrontEnd.frames, help="of 10 ms that the encoder hears (1000)")
-    for command in (cut, stats, packs):
-        command.add_argument("--sample-rate", type=int, default=FrontEnd.sample_rate, help="Hz (44100)")
-        command.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes")
+    for each in (cut, stats, packs):
+        each.add_argument("--sample-rate", type=int, default=FrontEnd.sample_rate, help="Hz (44100)")
+        each.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes")
     args = parser.parse_args()
     if args.command == "toy":
         if Path(args.out).exists():
@@ -772,29 +771,31 @@ def main():
         make_toy(args.out, args.seed)
         print(f"{args.out}: {', '.join(f'{split} {count}' for split, count in TOY_SPLITS.items())}; "
               f"next: python pretrain.py --data toy")
-    elif args.command == "extract":
-        if args.sample_rate < 1000 or args.side < 0:
-            raise ValueError("--sample-rate is in Hz, at least 1000; --side in pixels, at least 0")
+        return
+    if args.sample_rate < 1000:
+        raise ValueError("--sample-rate is in Hz, at least 1000")
+    if args.command == "extract":
+        if args.side < 0:
+            raise ValueError("--side is in pixels, at least 0")
         if not Path(args.videos).is_dir():
             raise FileNotFoundError(f"{args.videos}: no such folder; --videos names the one with the downloaded videos")
         out = args.out or Path(args.segments).parent
         extract(args.segments, args.videos, out, args.sample_rate, args.side, args.workers)
+        return
+    if args.command == "stats" and min(args.mels, args.frames) < 1:
+        raise ValueError("--mels and --frames are at least 1")
+    folder = dataset_folder(args.data)
+    names = {split: next((name for name, reader in READERS.items() if reader.table(folder, split).exists()), None)
+             for split in ("train", "val", "test")}  # of the dataset that the folder holds as published
+    there = [split for split, name in names.items() if name or (folder / f"{split}.jsonl").exists()]
+    splits = [args.split] if args.command == "stats" else there or ["train"]
+    clips = [clip for split in splits for clip in read_split(names[split] or "audioset", folder, split) if clip.audio]
+    if args.command == "pack":
+        out, count, skipped = pack(folder, clips, args.sample_rate, args.workers)
+        print(f"{out}: {count} sounds, {(out / 'waves.i16').stat().st_size / 1e9:.2f} GB, {skipped} unreadable; "
+              f"training at {args.sample_rate} Hz reads it from now on")
     else:
-        folder = dataset_folder(args.data)
-        def kind(split):
-            return next((name for name in READERS if READERS[name].table(folder, split).exists()), "audioset")
-
-        there = [split for split in ("train", "val", "test") if (folder / f"{split}.jsonl").exists()
-                 or READERS[kind(split)].table(folder, split).exists()]
-        splits = [args.split] if args.command == "stats" else there or ["train"]
-        clips = [clip for split in splits for clip in read_split(kind(split), folder, split) if clip.audio]
-        if args.command == "pack":
-            out, count, skipped = pack(folder, clips, args.sample_rate, args.workers)
-            print(f"{out}: {count} sounds, {(out / 'waves.i16').stat().st_size / 1e9:.2f} GB, {skipped} unreadable; "
-                  f"training at {args.sample_rate} Hz reads it from now on")
-            return
-        front_end = FrontEnd(args.sample_rate, args.mels, args.frames)
-        mean, std, read = statistics(clips, front_end, args.workers)
+        mean, std, read = statistics(clips, FrontEnd(args.sample_rate, args.mels, args.frames), args.workers)
         print(f"{read} clips at {args.sample_rate} Hz, {args.mels} mel bins, {args.frames} frames:\n"
               f"--mean {mean:.6f} --std {std:.6f}")
 

@@ -8,12 +8,14 @@ S  samples of a waveform     N  sounds     T  frames of 10 ms     F  mel bins
 """
 import csv
 import hashlib
+import io
 import itertools
 import json
 import math
 import os
 import shutil
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,13 +29,13 @@ from tqdm import tqdm
 
 from data import (
     AUDIOSET_SPLITS,
-    CLASS_NAMES,
     VIDEO,
     Claim,
     FrontEnd,
     Silent,
     Unreadable,
     by_video,
+    check_rate,
     class_names,
     files_of,
     find_files,
@@ -48,17 +50,30 @@ from data import (
 
 # ------------------------------------------------------------------------- from videos to clips
 
+SLACK = 0.5  # seconds that a video may lack: tables are in whole seconds, videos are not
+DAMAGED = (av.FFmpegError, AttributeError, ValueError, RuntimeError, ArithmeticError, LookupError, MemoryError)
+
+
+@contextmanager
 def opened(path, kind):
-    """Open a file with PyAV -> (container, its first stream of kind "audio" or "video"). Raises Unreadable."""
+    """A file opened with PyAV: container, its first stream of kind "audio" or "video".
+
+    What goes wrong with it, here or while it is open, is Unreadable: decoders fail in many ways.
+    """
     try:
         container = av.open(f"file:{path}", metadata_errors="ignore")
-    except (OSError, av.FFmpegError) as error:
+    except (OSError, *DAMAGED) as error:
         raise Unreadable(f"{path}: can't be opened ({error})") from None
-    streams = [stream for stream in container.streams if stream.type == kind and stream.codec_context]
-    if not streams:
-        container.close()
-        raise Unreadable(f"{path}: has no {'sound' if kind == 'audio' else 'pictures'}")
-    return container, streams[0]
+    try:
+        with container:
+            streams = [stream for stream in container.streams if stream.type == kind and stream.codec_context]
+            if not streams:
+                raise Unreadable(f"{path}: has no {'sound' if kind == 'audio' else 'pictures'}")
+            yield container, streams[0]
+    except DAMAGED as error:
+        if isinstance(error, Unreadable):
+            raise
+        raise Unreadable(f"{path}: {type(error).__name__}: {error}") from None
 
 
 def decoded(container, stream, start):
@@ -83,7 +98,14 @@ def decoded(container, stream, start):
         return
 
 
-SLACK = 0.5  # seconds that a video may lack: tables are in whole seconds, videos are not
+def first_channel(frame):
+    """A decoded stretch of sound -> its first channel, (n,) in [-1, 1]."""
+    samples = frame.to_ndarray()                                                     # (channels, n) or (1, channels·n)
+    samples = samples[0] if frame.format.is_planar else samples[0, ::frame.layout.nb_channels]
+    if samples.dtype.kind == "f":
+        return samples
+    silence, loudest = (128, 128) if samples.dtype == np.uint8 else (0, np.iinfo(samples.dtype).max + 1)
+    return (samples.astype(np.float32) - silence) / loudest
 
 
 def cut_audio(path, start, end, sample_rate):
@@ -92,20 +114,13 @@ def cut_audio(path, start, end, sample_rate):
     Sample-accurate: frames lie where their time stamps say, decoding begins a second early for codecs that need a
     run-up, and the resampling filter has no delay.
     """
-    container, stream = opened(path, "audio")
-    with container:
+    with opened(path, "audio") as (container, stream):
         rate = stream.rate
-        if not 1000 <= rate <= 1_000_000:
-            raise Unreadable(f"{path}: says it has {rate} samples a second; is its header damaged?")
+        check_rate(path, rate)
         wave, covered, at = np.zeros(round((end - start) * rate), np.float32), 0, None
         for time, frame in decoded(container, stream, start - 1):
-            samples = frame.to_ndarray()                                             # (channels, n) or (1, channels·n)
-            samples = samples[0] if frame.format.is_planar else samples[0, ::frame.layout.nb_channels]
-            if samples.dtype.kind != "f":
-                middle = 128 if samples.dtype == np.uint8 else 0
-                samples = (samples.astype(np.float32) - middle) / (128 if middle else np.iinfo(samples.dtype).max + 1)
-            stamp = round((time - start) * rate)
-            at = stamp if at is None or abs(stamp - at) > 0.02 * rate else at  # stamps may be in whole milliseconds
+            samples, due = first_channel(frame), round((time - start) * rate)
+            at = due if at is None or abs(due - at) > 0.02 * rate else at  # times may be in whole milliseconds
             first, last = max(at, 0), min(at + len(samples), len(wave))
             if last > first:
                 wave[first:last] = samples[first - at:last - at]
@@ -115,9 +130,20 @@ def cut_audio(path, start, end, sample_rate):
                 break
         begins = float((stream.start_time or 0) * stream.time_base) - (container.start_time or 0) / av.time_base - start
         wanted = len(wave) - max(0, round(begins * rate))  # a sound track that sets in late is silent before
-    if covered < wanted - SLACK * rate or not covered:
-        raise Unreadable(f"{path}: has {covered / rate:.1f} of {len(wave) / rate:g} s of sound from {start:g} s on")
-    return resample(torch.from_numpy(wave), rate, sample_rate)
+        if covered < wanted - SLACK * rate or not covered:
+            raise Unreadable(f"{path}: has {covered / rate:.1f} of {len(wave) / rate:g} s of sound from {start:g} s on")
+        return resample(torch.from_numpy(wave), rate, sample_rate)
+
+
+def shown(container, stream, start):
+    """Pictures of a stream from `start` on -> (picture, from when, until when it is shown), in seconds."""
+    picture, since = None, 0.0
+    for time, following in decoded(container, stream, start):
+        if picture:
+            yield picture, since, time - 1e-4
+        picture, since = following, time
+    if picture:  # the last one stays for a while
+        yield picture, since, since + max(SLACK, float((picture.duration or 0) * stream.time_base))
 
 
 def cut_frames(path, times, side):
@@ -125,26 +151,21 @@ def cut_frames(path, times, side):
 
     Raises Unreadable where a picture is missing; one that comes up to half a second late will do.
     """
-    container, stream = opened(path, "video")
-    pictures, shown, shown_at, until = [], None, math.inf, -math.inf
-    with container:
-        for time, frame in decoded(container, stream, times[0]):
-            while len(pictures) < len(times) and shown_at <= times[len(pictures)] + SLACK < time + SLACK - 1e-4:
-                pictures.append(shown)
-            if len(pictures) == len(times):
+    times, images = list(times), []
+    with opened(path, "video") as (container, stream):
+        for picture, since, until in shown(container, stream, times[0]):
+            while times and since <= times[0] + SLACK and times[0] <= until:
+                images.append(picture.to_image())
+                del times[0]
+            if not times:
                 break
-            shown, shown_at = frame, time
-            until = time + max(SLACK, float((frame.duration or 0) * stream.time_base))
-        while len(pictures) < len(times) and shown_at <= times[len(pictures)] + SLACK and times[len(pictures)] <= until:
-            pictures.append(shown)
-        if len(pictures) < len(times):
-            raise Unreadable(f"{path}: has no picture at {times[len(pictures)]:.1f} s")
-        images = [picture.to_image() for picture in pictures]
-    factor = side / min(images[0].size) if side else 1
-    if factor < 1:
-        size = [round(length * factor) for length in images[0].size]
-        images = [image.resize(size, Image.Resampling.BICUBIC) for image in images]
-    return images
+        else:
+            raise Unreadable(f"{path}: has no picture at {times[0]:.1f} s")
+        factor = side / min(images[0].size) if side else 1
+        if factor < 1:
+            size = [round(length * factor) for length in images[0].size]
+            images = [image.resize(size, Image.Resampling.BICUBIC) for image in images]
+        return images
 
 
 @dataclass(frozen=True)
@@ -174,41 +195,31 @@ class Extraction:
         best = ("no pictures", "extracted earlier") if there else ("missing", f"no {segment.video}.* among the videos")
         for begins_there, video in videos:
             offset = segment.start if begins_there else 0.0
-            status = self.cut(video, segment.start - offset, segment.end - offset, audio, frames)
-            if status[0] == "done":
-                return status
-            best = status if best[0] == "missing" or status[0] == "no pictures" else best
+            found = self.cut(video, segment.start - offset, segment.end - offset, audio, frames)
+            if found[0] == "done":
+                return found
+            best = found if best[0] == "missing" or found[0] == "no pictures" else best
         return best
 
     def cut(self, video, start, end, audio, frames):
         """Write the files of one clip, as far as the video has them -> (status, reason)."""
+        status, reason = "unreadable", ""
         try:
-            wave = whatever_is_wrong(cut_audio, video, start, end, self.sample_rate).clamp(-1, 1)
+            wave = cut_audio(video, start, end, self.sample_rate).clamp(-1, 1)
             rounded = (wave * 32_767).round()
             if not wave.isfinite().all() or rounded.min() == rounded.max():
                 raise Unreadable(f"{video}: silent, or not finite, from {start:g} to {end:g} s")
-        except Unreadable as error:
-            return "unreadable", str(error)
-        status, reason = "done", ""
-        try:
+            status = "no pictures"
             times = [start + i * (end - start) / 3 for i in range(4)]  # §3.2.2: 4 equally spaced, both ends included
-            for name, image in zip(frames, whatever_is_wrong(cut_frames, video, times, self.side)):
+            for name, image in zip(frames, cut_frames(video, times, self.side)):
                 write_whole(self.out / name, lambda path, image=image: image.save(path, "JPEG", quality=95))
+            status = "done"
         except Unreadable as error:
-            status, reason = "no pictures", str(error)
+            reason = str(error)
+            if status == "unreadable":
+                return status, reason
         write_whole(audio, lambda path: soundfile.write(path, wave.numpy(), self.sample_rate, "PCM_16", format="WAV"))
         return status, reason
-
-
-def whatever_is_wrong(function, path, *args):
-    """function(path, *args), whose every error with that file is Unreadable: decoders fail in many ways."""
-    try:
-        return function(path, *args)
-    except (av.FFmpegError, AttributeError, ValueError, RuntimeError, ArithmeticError, LookupError,
-            MemoryError) as error:
-        if isinstance(error, Unreadable):
-            raise
-        raise Unreadable(f"{path}: {type(error).__name__}: {error}") from None
 
 
 def extract(table, videos, out, sample_rate=FrontEnd.sample_rate, side=224, workers=2):
@@ -219,43 +230,36 @@ def extract(table, videos, out, sample_rate=FrontEnd.sample_rate, side=224, work
     missing or unreadable. Raises FileNotFoundError, ValueError (other settings than before, nothing found).
     """
     table, out = Path(table), Path(out)
-    segments, files = read_segments(table), by_video(find_files(videos, VIDEO))
+    segments, files, names = read_segments(table), by_video(find_files(videos, VIDEO)), class_names(table.parent)
     split = {table: split for split, table in AUDIOSET_SPLITS.items()}.get(table.stem, table.stem)
-    names = class_names(table.parent) if (table.parent / CLASS_NAMES).exists() else {}
+    index, report = out / f"{split}.jsonl", out / f"{split}_report.csv"
     lock = Claim(out / f"{split}.lock")
     note, made_with = out / "extract.json", json.dumps({"sample_rate": sample_rate, "side": side})
     if note.exists() and note.read_text() != made_with:
         raise ValueError(f"{out} was extracted with {note.read_text()}, not {made_with}; choose another --out")
     write_whole(note, lambda path: path.write_text(made_with))
-    cut = Extraction(out, sample_rate, side)
-    jobs = [(segment, files_of(segment, files)) for segment in segments]
-    found, index, report = sum(bool(job[1]) for job in jobs), [], []
-    with tqdm(total=len(jobs), desc=f"{split}: {found} of {len(segments)} videos found", unit=" clips") as bar:
-        for (segment, _), (status, reason) in zip(jobs, in_processes(cut, jobs, workers)):
-            bar.update()
-            report.append((segment.id, status, reason))
-            if status == "unreadable":
-                bar.write(f"skipped: {reason}".encode(errors="backslashreplace").decode(), file=sys.stderr)
-            if status in ("done", "no pictures"):
-                audio, frames = cut.paths(segment)
-                row = {"id": segment.id, "audio": audio, "frames": frames if status == "done" else [],
-                       "labels": [names.get(mid, mid) for mid in segment.labels], "captions": list(segment.captions)}
-                row = {key: value for key, value in row.items() if value}
-                index.append(json.dumps(row, ensure_ascii=False) + "\n")
-
-    def save_report(path):
-        with open(path, "w", encoding="utf-8", newline="", errors="backslashreplace") as file:
-            csv.writer(file).writerows([("id", "status", "reason"), *report])
-
-    write_whole(out / f"{split}_report.csv", save_report)
-    counts = {status: sum(row[1] == status for row in report)
-              for status in ("done", "no pictures", "unreadable", "missing")}
+    cut, jobs = Extraction(out, sample_rate, side), [(segment, files_of(segment, files)) for segment in segments]
+    bar = tqdm(in_processes(cut, jobs, workers), unit=" clips",
+               desc=f"{split}: {sum(bool(found) for _, found in jobs)} of {len(jobs)} videos found")
+    rows, clips, counts = io.StringIO(), [], dict.fromkeys(("done", "no pictures", "unreadable", "missing"), 0)
+    csv.writer(rows).writerow(("id", "status", "reason"))
+    for (status, reason), (segment, _) in zip(bar, jobs):
+        csv.writer(rows).writerow((segment.id, status, reason))
+        counts[status] += 1
+        if status == "unreadable":
+            bar.write(f"skipped: {reason}".encode(errors="backslashreplace").decode(), file=sys.stderr)
+        if status in ("done", "no pictures"):
+            audio, frames = cut.paths(segment)
+            clip = {"id": segment.id, "audio": audio, "frames": frames if status == "done" else [],
+                    "labels": [names.get(mid, mid) for mid in segment.labels], "captions": segment.captions}
+            clips.append(json.dumps({key: value for key, value in clip.items() if value}, ensure_ascii=False) + "\n")
+    write_whole(report, lambda path: path.write_text(rows.getvalue(), "utf-8", "backslashreplace", newline=""))
     summary = f"{len(segments)} segments: " + ", ".join(f"{count} {status}" for status, count in counts.items())
-    if not index:
-        raise ValueError(f"{summary}; reasons in {out / f'{split}_report.csv'}. Is {videos} the right folder?")
-    write_whole(out / f"{split}.jsonl", lambda path: path.write_text("".join(index), encoding="utf-8"))
+    if not clips:
+        raise ValueError(f"{summary}; reasons in {report}. Is {videos} the right folder?")
+    write_whole(index, lambda path: path.write_text("".join(clips), "utf-8"))
     lock.close()
-    print(f"{summary}\nindex {out / f'{split}.jsonl'}, reasons in {out / f'{split}_report.csv'}")
+    print(f"{summary}\nindex {index}, reasons in {report}")
     return counts
 
 
@@ -278,7 +282,7 @@ class Pack:
 
     def load(self, path):
         """As FrontEnd.load, but int16. Raises Unreadable, Silent."""
-        name = os.path.relpath(path, self.folder.parent).encode()
+        name = os.fsencode(os.path.relpath(path, self.folder.parent))
         at = int(np.searchsorted(self.paths, name))
         if at == len(self.paths) or self.paths[at] != name or self.starts[at] == self.starts[at + 1]:
             wave, length = self.front_end.load(path)
@@ -295,6 +299,11 @@ def sixteen_bit(wave):
     return (wave * 32768).round().clamp(-32768, 32767).to(torch.int16)
 
 
+def file_of(folder, name):
+    """A packed sound's file, as the pack names it: relative to the dataset's folder, in bytes."""
+    return os.path.normpath(os.path.join(os.path.abspath(folder), os.fsdecode(name)))
+
+
 def pack_one(path, sample_rate):
     """A file's samples (S,) int16, or why it can't be read."""
     try:
@@ -309,39 +318,37 @@ def pack(folder, clips, sample_rate, workers=2):
     Returns the pack's folder, how many sounds it holds, how many could not be read. Raises ValueError where there is
     a pack of other files, which may be all that is left of them.
     """
-    out, whole = Path(folder) / f"packed-{sample_rate}", os.path.abspath(folder)
+    out = Path(folder) / f"packed-{sample_rate}"
     lock = Claim(out / "lock")
-    names = sorted({os.path.relpath(clip.audio, folder).encode() for clip in clips})
-    files = [os.path.normpath(os.path.join(whole, name.decode())) for name in names]
-    stamps, starts, known = np.array([stamp(path) for path in files], np.int64), out / "starts.npy", out / "stamps.npy"
-    if not known.exists():
-        out.mkdir(parents=True, exist_ok=True)
+    names = sorted({os.fsencode(os.path.relpath(clip.audio, folder)) for clip in clips})
+    files = [file_of(folder, name) for name in names]
+    stamps = np.array([stamp(path) for path in files], np.int64)                      # (N, 2)
+    if not (out / "stamps.npy").exists():  # written last: the other tables are there where it is
         np.save(out / "paths.npy", np.array(names))
-        new_array(starts, np.int64, (len(names) + 1,))
-        np.load(starts, mmap_mode="r+")[1:] = -1
+        new_array(out / "starts.npy", np.int64, (len(names) + 1,))
+        np.load(out / "starts.npy", mmap_mode="r+")[1:] = -1
         (out / "waves.i16").write_bytes(b"")
-        np.save(out / "new.npy", stamps)                                             # (N, 2)
-        os.replace(out / "new.npy", known)
-    if np.load(out / "paths.npy").tolist() != names or not ((stamps == 0) | (np.load(known) == stamps)).all():
+        np.save(out / "new.npy", stamps)
+        os.replace(out / "new.npy", out / "stamps.npy")
+    elif (np.load(out / "paths.npy").tolist() != names
+          or not ((stamps == 0) | (np.load(out / "stamps.npy") == stamps)).all()):
         raise ValueError(f"{out} was made of other files, or some have changed; delete it to make it anew")
-    starts = np.load(starts, mmap_mode="r+")
-    written = (out / "waves.i16").stat().st_size
     (out / "digest").unlink(missing_ok=True)
-    done = int(((starts >= 0) & (2 * starts <= written)).sum()) - 1
-    starts[done + 1:] = -1
-    with (open(out / "waves.i16", "rb+") as file,
-          tqdm(total=len(names), initial=done, desc=str(out), unit=" clips") as bar):
+    starts = np.load(out / "starts.npy", mmap_mode="r+")                              # (N + 1,), -1 where not written
+    with open(out / "waves.i16", "rb+") as file:
+        done = int(((starts >= 0) & (2 * starts <= file.seek(0, os.SEEK_END))).sum()) - 1
+        starts[done + 1:] = -1
         file.truncate(2 * starts[done])  # what a killed run wrote beyond its last entry
         file.seek(0, os.SEEK_END)
-        results = in_processes(partial(pack_one, sample_rate=sample_rate), files[done:], workers)
-        for i, result in enumerate(results, done):
-            if isinstance(result, str):
-                bar.write(f"skipped: {result}", file=sys.stderr)
-                result = torch.zeros(0, dtype=torch.int16)
-            file.write(result.numpy().tobytes())
+        bar = tqdm(in_processes(partial(pack_one, sample_rate=sample_rate), files[done:], workers), total=len(names),
+                   initial=done, desc=str(out), unit=" clips")
+        for i, samples in enumerate(bar, done):
+            if isinstance(samples, str):
+                bar.write(f"skipped: {samples}", file=sys.stderr)
+                samples = torch.zeros(0, dtype=torch.int16)
+            file.write(samples.numpy().tobytes())
             file.flush()
-            starts[i + 1] = starts[i] + len(result)
-            bar.update()
+            starts[i + 1] = starts[i] + len(samples)
     if starts[-1] == 0:
         shutil.rmtree(out)
         raise ValueError(f"not one of {len(names)} sounds can be read")
@@ -373,10 +380,10 @@ def sound_loader(folder, front_end):
         whole = False
     if not whole:
         raise ValueError(f"{out} is not whole: run python data.py pack again, or delete it")
-    pack, whole = Pack(out, front_end), os.path.abspath(folder)
+    pack = Pack(out, front_end)
     if os.environ.get("RANK", "0") == "0":
         for name, then in zip(pack.paths, np.load(out / "stamps.npy").tolist()):
-            path = os.path.normpath(os.path.join(whole, name.decode()))
+            path = file_of(folder, name)
             if stamp(path) not in ((0, 0), tuple(then)):  # a file that is gone has done its duty
                 raise ValueError(f"{path} has changed since {out} was made; delete that to read the files again")
         print(f"{len(pack.paths)} sounds are read from {out}")
@@ -401,16 +408,14 @@ def statistics(clips, front_end, workers=2):
     Returns (mean, std, clips read). front_end's own mean and std are ignored. Raises ValueError if none can be read.
     """
     total, read = torch.zeros(3, dtype=torch.float64), 0
-    plain = replace(front_end, mean=0.0, std=1.0)
-    with tqdm(total=len(clips), desc="statistics", unit=" clips") as bar:
-        for result in in_processes(partial(sums, front_end=plain), clips, workers):
-            bar.update()
-            if isinstance(result, str):
-                bar.write(f"skipped: {result}", file=sys.stderr)
-            else:
-                total, read = total + result, read + 1
+    measure = partial(sums, front_end=replace(front_end, mean=0.0, std=1.0))
+    bar = tqdm(in_processes(measure, clips, workers), desc="statistics", unit=" clips")
+    for result in bar:
+        if isinstance(result, str):
+            bar.write(f"skipped: {result}", file=sys.stderr)
+        else:
+            total, read = total + result, read + 1
     if not read:
         raise ValueError(f"not one of {len(clips)} clips could be read")
     count, first, second = total.tolist()
     return first / count, math.sqrt(second / count - (first / count) ** 2), read
-

@@ -32,21 +32,32 @@ COLOURS = {  # colour -> its RGB, its pitch and that pitch's frequency in Hz
 COUNTS = {"one": "once", "two": "twice", "three": "three times", "four": "four times"}
 THINGS = [(shape, colour, count) for shape in SHAPES for colour in COLOURS for count in range(1, 5)]  # 144
 TOY_RATE, TOY_IMAGE = 16_000, 64  # Hz, pixels
+TOY_SPLITS = {"pairs": 8000, "train": 4000, "val": 144, "test": 144}
+TOY_GOLD = 1000  # training clips that gold.jsonl has a caption for
 
 
-def plural(shape, count):
-    return shape if count == 1 else shape + "es" if shape == "cross" else shape + "s"
+def in_words(thing):
+    """A thing's number, colour and shape: "two", "red", "triangles"."""
+    shape, colour, count = thing
+    ending = "" if count == 1 else "es" if shape == "cross" else "s"
+    return list(COUNTS)[count - 1], colour, shape + ending
 
 
 def vision_caption(thing, size, dark, rng):
     """A caption as people write them for pictures: "two small red triangles"."""
-    shape, colour, count = thing
-    number = list(COUNTS)[count - 1]
-    shapes = plural(shape, count)
+    number, colour, shapes = in_words(thing)
     background = "dark" if dark else "bright"
     return str(rng.choice([f"{number} {size} {colour} {shapes}", f"a photo of {number} {colour} {shapes}",
                            f"{colour} {shapes} , {number} of them , on a {background} background",
                            f"there are {number} {size} {colour} {shapes}"]))
+
+
+def free_caption(rng):
+    """What a language model that has read captions of pictures might write: their words, put together anew."""
+    one, other = (in_words(THINGS[i]) for i in rng.integers(len(THINGS), size=2))
+    first, second = " ".join(one), " ".join(other)
+    return str(rng.choice([f"{first} and {second}", f"a picture of {first}", f"{first} next to {second}",
+                           f"there are {first} , {rng.choice(['small', 'large'])} and {other[1]}"]))
 
 
 def audio_captions(thing, loud):
@@ -122,74 +133,18 @@ def make_toy_clip(job, folder, seed):
     cells = rng.permutation(4)[:thing[2]]                                            # quarters of the picture
     start = np.stack([cells % 2, cells // 2], 1) * 32 + rng.uniform(14, 18, (thing[2], 2))
     drift = rng.uniform(-2, 2, (thing[2], 2))
+    captions, label = audio_captions(thing, loudness > 0.5), f"{COLOURS[thing[1]][1]} {SHAPES[thing[0]]}"
     row = {"id": f"{split}_{i}", "frames": []}
     for step in range(4 if split != "pairs" else 1):
         row["frames"].append(f"frames/{split}_{i}_{step + 1}.jpg")
         draw_thing(thing, radius, background, start + step * drift).save(folder / row["frames"][-1], quality=90)
     if split == "pairs":  # the web's image-caption pairs: mostly about looks, some about sounds
-        texts = [*audio_captions(thing, loudness > 0.5), f"{COLOURS[thing[1]][1]} {SHAPES[thing[0]]}"]
-        row["captions"] = [str(rng.choice(texts)) if rng.uniform() < 0.4 else vision_caption(thing, size, dark, rng)]
-        return row
-    row["audio"] = f"audio/{split}_{i}.wav"
-    soundfile.write(folder / row["audio"], sound_thing(thing, loudness, rng), TOY_RATE, subtype="PCM_16")
-    row["labels"] = [f"{COLOURS[thing[1]][1]} {SHAPES[thing[0]]}"]
-    row["captions"] = audio_captions(thing, loudness > 0.5)
-    return row
-
-
-TOY_SPLITS = {"pairs": 8000, "train": 4000, "val": 144, "test": 144}
-TOY_GOLD = 1000  # training clips that gold.jsonl has a caption for
-
-
-def make_toy(folder, seed=0, splits=TOY_SPLITS, workers=2):
-    """The toy world as files under `folder`, in the index format that AudioSet is read in.
-
-    pairs.jsonl: image-caption pairs for the toy's CLIP, no sound. train.jsonl: clips without any caption.
-    gold.jsonl: some of those with one caption each, what AudioCaps is to AudioSet. ac.txt, vc.txt, fc.txt: captions
-    without clips. val.jsonl, test.jsonl: each of the 144 things once, with 5 captions.
-    """
-    folder = Path(folder)
-    partial_folder = folder.with_name(folder.name + ".partial")
-    lock = Claim(partial_folder / "lock")
-    for name in ("audio", "frames"):
-        shutil.rmtree(partial_folder / name, ignore_errors=True)
-        (partial_folder / name).mkdir()
-    jobs = [(split, i) for split, count in splits.items() for i in range(count)]
-    rows = list(tqdm(in_processes(partial(make_toy_clip, folder=partial_folder, seed=seed), jobs, workers),
-                     total=len(jobs), desc="toy world", unit=" clips"))
-    for split in splits:
-        with open(partial_folder / f"{split}.jsonl", "w") as file:
-            for row in (row for row, job in zip(rows, jobs) if job[0] == split):
-                shown = {key: value for key, value in row.items() if (split, key) != ("train", "captions")}
-                file.write(json.dumps(shown) + "\n")
-    rng = np.random.default_rng((seed, 1))
-    with open(partial_folder / "gold.jsonl", "w") as file:
-        for row, (split, i) in zip(rows, jobs):
-            if split == "train" and i < TOY_GOLD:
-                file.write(json.dumps(row | {"captions": [str(rng.choice(row["captions"]))]}) + "\n")
-    write_toy_pools(partial_folder, rng)
-    write_toy_vocabulary(partial_folder / "vocab.txt.gz")
-    lock.close()
-    os.replace(partial_folder, folder)
-
-
-def write_toy_pools(folder, rng):
-    """Captions without their clips, as curate.py mines them: of sounds (ac), of pictures (vc), made up (fc)."""
-    things = [THINGS[i] for i in rng.integers(len(THINGS), size=2000)]
-    sounds = [str(rng.choice(audio_captions(thing, rng.uniform() < 0.5))) for thing in things]
-    pictures = [vision_caption(thing, rng.choice(["small", "large"]), rng.uniform() < 0.5, rng) for thing in things]
-    made_up = [free_caption(rng) for _ in things]
-    for name, captions in (("ac", sounds), ("vc", pictures), ("fc", made_up)):
-        (folder / f"{name}.txt").write_text("".join(f"{caption}\n" for caption in captions))
-
-
-def free_caption(rng):
-    """What a language model that has read captions of pictures might write: their words, put together anew."""
-    one, other = (THINGS[i] for i in rng.integers(len(THINGS), size=2))
-    first, second = (f"{list(COUNTS)[count - 1]} {colour} {plural(shape, count)}"
-                     for shape, colour, count in (one, other))
-    return str(rng.choice([f"{first} and {second}", f"a picture of {first}", f"{first} next to {second}",
-                           f"there are {first} , {rng.choice(['small', 'large'])} and {other[1]}"]))
+        of_sound = rng.uniform() < 0.4
+        caption = str(rng.choice([*captions, label])) if of_sound else vision_caption(thing, size, dark, rng)
+        return row | {"captions": [caption]}
+    audio = f"audio/{split}_{i}.wav"
+    soundfile.write(folder / audio, sound_thing(thing, loudness, rng), TOY_RATE, subtype="PCM_16")
+    return row | {"audio": audio, "labels": [label], "captions": captions}
 
 
 def write_toy_vocabulary(path):
@@ -211,5 +166,41 @@ def write_toy_vocabulary(path):
                 take = 2 if tuple(units[:2]) == best else 1
                 merged, units = [*merged, "".join(units[:take])], units[take:]
             words[word] = merged
-    with gzip.open(path, "wt", encoding="utf-8") as file:
-        file.write("#version: toy\n" + "".join(f"{left} {right}\n" for left, right in merges))
+    text = "#version: toy\n" + "".join(f"{left} {right}\n" for left, right in merges)
+    path.write_bytes(gzip.compress(text.encode(), mtime=0))
+
+
+def make_toy(folder, seed=0, splits=TOY_SPLITS, workers=2):
+    """The toy world as files under `folder`, in the index format that AudioSet is read in.
+
+    pairs.jsonl: image-caption pairs for the toy's CLIP, no sound. train.jsonl: clips without any caption.
+    gold.jsonl: some of those with one caption each, what AudioCaps is to AudioSet. ac.txt, vc.txt, fc.txt: captions
+    without clips. val.jsonl, test.jsonl: each of the 144 things once, with 5 captions.
+    """
+    folder = Path(folder)
+    partial_folder = folder.with_name(folder.name + ".partial")
+    lock = Claim(partial_folder / "lock")
+    for name in ("audio", "frames"):
+        shutil.rmtree(partial_folder / name, ignore_errors=True)
+        (partial_folder / name).mkdir()
+    jobs = [(split, i) for split, count in splits.items() for i in range(count)]
+    made = tqdm(in_processes(partial(make_toy_clip, folder=partial_folder, seed=seed), jobs, workers), desc="toy world",
+                unit=" clips")
+    indexes = {split: [] for split in (*splits, "train")}
+    for row, (split, _) in zip(made, jobs):
+        indexes[split].append(row)
+    rng = np.random.default_rng((seed, 1))
+    indexes["gold"] = [row | {"captions": [str(rng.choice(row["captions"]))]} for row in indexes["train"][:TOY_GOLD]]
+    indexes["train"] = [{key: row[key] for key in row if key != "captions"} for row in indexes["train"]]
+    for name, rows in indexes.items():
+        (partial_folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    things = [THINGS[i] for i in rng.integers(len(THINGS), size=2000)]
+    pools = {
+        "ac": [str(rng.choice(audio_captions(thing, rng.uniform() < 0.5))) for thing in things],
+        "vc": [vision_caption(thing, rng.choice(["small", "large"]), rng.uniform() < 0.5, rng) for thing in things],
+        "fc": [free_caption(rng) for _ in things]}
+    for name, captions in pools.items():
+        (partial_folder / f"{name}.txt").write_text("".join(f"{caption}\n" for caption in captions))
+    write_toy_vocabulary(partial_folder / "vocab.txt.gz")
+    lock.close()
+    os.replace(partial_folder, folder)

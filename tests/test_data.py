@@ -1,5 +1,6 @@
 """Files to tensors: filterbanks against Kaldi's, odd audio, odd images, indices, the toy world."""
 import json
+import os
 import pickle
 import warnings
 
@@ -16,9 +17,11 @@ from data import (
     Unreadable,
     dataset_folder,
     fbank,
+    is_array,
     load_audio,
     load_image,
     mask,
+    new_array,
     preprocess_image,
     read_index,
     read_split,
@@ -192,6 +195,26 @@ def test_bad_audio_is_named_with_the_reason(tmp_path):
             load_audio(tmp_path / f"{name}.wav", 16_000)
 
 
+def test_a_name_that_is_not_utf8_is_a_skip_in_a_pack(sounds):
+    folder, _ = sounds
+    odd = os.fsdecode(os.fsencode(folder) + b"/caf\xe9.wav")
+    os.replace(folder / "0.wav", odd)
+    with pytest.raises(Unreadable, match=r"wav: can't be read as audio"):
+        load_audio(odd, 16_000)
+    assert pack(folder, [Clip("odd", odd), Clip("1", str(folder / "1.wav"))], 16_000, 0)[1:] == (1, 1)
+
+
+def test_an_array_whose_making_is_interrupted_is_not_there(tmp_path, monkeypatch):
+    """An array that is there has its room: a run that ends between making it and taking the room leaves none."""
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "posix_fallocate", interrupt, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        new_array(tmp_path / "bank.npy", np.float16, (4, 2))
+    assert not is_array(tmp_path / "bank.npy", np.float16, (4, 2))
+
+
 def test_images_are_preprocessed_as_clips(shared):
     golden = np.load(shared / "golden/preprocess.npz")
     scale = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1) * 255  # back to pixel units
@@ -257,6 +280,8 @@ def test_esc50_as_published(tmp_path):
     first, second = read_split("esc50", tmp_path)
     assert first.labels == ("dog",) and first.fold == 1
     assert second.labels == ("crackling fire",) and second.audio.endswith("audio/5-2-A-12.ogg") and second.fold == 5
+    (tmp_path / "meta/esc50.csv").write_text("filename,fold,category\na.wav,²,b\nb.wav,999999999999999999999,b\n", "utf-8")
+    assert [clip.fold for clip in read_split("esc50", tmp_path)] == [0, 0]  # no published fold
     (tmp_path / "meta/esc50.csv").write_text("filename,category\na,b\n")
     with pytest.raises(ValueError, match=r"esc50\.csv:2: no fold"):
         read_split("esc50", tmp_path)
@@ -271,7 +296,7 @@ def test_clotho_as_published(tmp_path):
 
 def test_toy_world_is_the_same_for_the_same_seed_and_keeps_captions_from_training(world, tmp_path):
     make_toy(tmp_path / "again", splits={"train": 64}, workers=1)
-    for name in ("audio/train_5.wav", "frames/train_5_2.jpg"):
+    for name in ("audio/train_5.wav", "frames/train_5_2.jpg", "train.jsonl", "gold.jsonl", "ac.txt", "vocab.txt.gz"):
         assert (tmp_path / "again" / name).read_bytes() == (world / name).read_bytes()
     assert len(set(THINGS)) == 144
     assert all(not clip.captions and len(clip.frames) == 4 for clip in read_index(world / "train.jsonl"))

@@ -420,6 +420,9 @@ def test_statistics_are_those_of_all_values(world):
 def test_the_stats_command_prints_flags_to_paste(run, world):
     done = run("data.py", "stats", "--data", world, "--sample-rate", "16000", "--mels", "32", "--frames", "100")
     assert "64 clips at 16000 Hz" in done.stdout and "--mean -" in done.stdout and "--std " in done.stdout
+    for flag, reason in (("--frames", "--mels and --frames are at least 1"), ("--sample-rate", "--sample-rate is in Hz")):
+        done = run("data.py", "stats", "--data", world, flag, "0", check=False)
+        assert done.returncode == 1 and reason in done.stderr and "Traceback" not in done.stderr
 
 
 def test_work_in_processes_keeps_its_order():
