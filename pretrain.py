@@ -305,7 +305,7 @@ class Bank:
 
     def check(self):
         """Raises ValueError where all targets are alike, so that there is nothing to learn from them."""
-        if not len(self.rows):
+        if len(self.rows) == 0:
             return
         some = self.embeddings[self.rows[np.linspace(0, len(self.rows) - 1, 1000).astype(int)]].astype(np.float32)
         if np.abs(some - some[0]).max() < 1e-3:
@@ -491,8 +491,7 @@ class Draws(torch.utils.data.Dataset):
         self.samples, self.seed = samples, seed
 
     def __getitem__(self, key):
-        epoch, i = key
-        reasons = []
+        (epoch, i), reasons = key, []
         for step in range(min(100, len(self.samples))):  # where a clip can't be read the next one steps in
             try:
                 sample = self.samples.read((i + step) % len(self.samples), np.random.default_rng((self.seed, epoch, i)))
@@ -614,10 +613,10 @@ def restore(path, learner, optimizer, settings, identity, files):
 # ------------------------------------------------------------------------------------ the loop
 
 class Meter:
-    """Of the steps since the log's last line: loss, waiting for data, time. And the unreadable clips of the epoch."""
+    """Of the steps since the log's last line: loss, time, waiting for data. Of the epoch: clips that were skipped."""
 
     def __init__(self, device, skipped):
-        self.device, self.skipped = device, skipped                      # skipped: of the epoch, on all ranks
+        self.device, self.skipped = device, skipped  # skipped counts on all ranks; missed on this one, since the line
         self.restart()
 
     def restart(self):
@@ -780,8 +779,9 @@ def train(learner, samples, settings, identity, validate, device):
     log = Log(path.with_name("log.jsonl"), start, identity | {
         "command": sys.argv, "settings": asdict(settings), "ranks": size, "device": device_name(device)})
     if settings.compile == "yes" or (settings.compile == "auto" and device.type == "cuda"):
-        for tower in (module for module in learner.modules() if isinstance(module, VisionTransformer)):
-            tower.compile()
+        for module in learner.modules():
+            if isinstance(module, VisionTransformer):
+                module.compile()
     model = DistributedDataParallel(learner) if size > 1 else learner
     cast = autocast(device, settings.precision)
     rate = matmul_rate(device, cast)
@@ -926,19 +926,20 @@ def training_clips(folder, leave_out):
 
     Raises FileNotFoundError, ValueError (no clip is left).
     """
-    listed = read_split("audioset", folder, "train", need=("audio",))
+    listed = read_split("audioset", folder, "train")
     clips = [clip for clip in listed if clip.audio and clip.frames]
     if not clips:
         raise ValueError(f"{folder}: not one of {len(listed)} clips has sound and frames; python data.py extract makes "
                          f"them from videos")
     held_out = held_out_by_audiocaps(clips, leave_out) if leave_out != "none" else [False] * len(clips)
-    if all(held_out):
+    count = len(clips) - sum(held_out)
+    if not count:
         raise ValueError(f"{folder}: every clip is in AudioCaps' val or test set ({leave_out}); --leave-out none "
                          f"trains on them")
     if ranks()[0] == 0 and leave_out != "none":
         print(f"{folder}: {sum(held_out)} clips left out, for AudioCaps' val and test sets hold them ({leave_out})")
-    if ranks()[0] == 0 and len(clips) - sum(held_out) < len(listed):
-        print(f"{folder}: {len(clips) - sum(held_out)} of {len(listed)} clips train")
+    if ranks()[0] == 0 and count < len(listed):
+        print(f"{folder}: {count} of {len(listed)} clips train")
     return clips, [not held for held in held_out]
 
 
@@ -951,6 +952,8 @@ def second_frames(clips, bank):
 
 def frame_retrieval(clips, bank, device, workers):
     """(learner) -> how well clips' second frames find their sounds, in % (Fig. 5)."""
+    if not clips:
+        return lambda learner: {}
     images, has_image = second_frames(clips, bank)
 
     def validate(learner):

@@ -95,6 +95,11 @@ def test_unreadable_frames_are_left_out_and_too_many_stop(clips, small_clip, tmp
         frame_bank(tmp_path / "b", none, clip, CPU, 0)
 
 
+def test_without_a_validation_clip_that_has_frames_nothing_is_validated(small_clip, tmp_path):
+    bank = frame_bank(tmp_path, [], load_clip(small_clip), CPU, 0)
+    assert bank.embeddings.shape == (0, 32) and pretrain.frame_retrieval([], bank, CPU, 0)(None) == {}
+
+
 # --------------------------------------------------------------------------- samples and order
 
 def test_every_clip_comes_once_an_epoch_in_a_new_order():
