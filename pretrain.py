@@ -188,11 +188,6 @@ def barrier():
         dist.barrier()
 
 
-def device_name(device):
-    """Name of the GPU, or CPU and its threads."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-
-
 def autocast(device, precision):
     """Autocast to bf16 where asked for, or where the device multiplies it faster than fp32."""
     fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
@@ -681,11 +676,6 @@ class Log:
                    f"ETA {eta // 3600}:{eta // 60 % 60:02d}:{eta % 60:02d}"
                    + (f" | skipped {values['skipped']}" if values["skipped"] else ""), step=step, **values)
 
-    def validation(self, step, epoch, **values):
-        """What an evaluation gave."""
-        self.write(f"  after epoch {epoch}: " + ", ".join(f"{name} {value:.1f} %" for name, value in values.items()),
-                   step=step, epoch=epoch, **values)
-
     def write(self, line, **values):
         if ranks()[0] == 0:
             with open(self.path, "a") as file:
@@ -776,9 +766,11 @@ def train(learner, samples, settings, identity, validate, device):
     optimizer = make_optimizer(learner, settings)
     identity = identity | {"samples": len(samples)}
     start, skipped, sizes = restore(path, learner, optimizer, settings, identity, samples.paths)
+    gpu = device.type == "cuda"
     log = Log(path.with_name("log.jsonl"), start, identity | {
-        "command": sys.argv, "settings": asdict(settings), "ranks": size, "device": device_name(device)})
-    if settings.compile == "yes" or (settings.compile == "auto" and device.type == "cuda"):
+        "command": sys.argv, "settings": asdict(settings), "ranks": size,
+        "device": torch.cuda.get_device_name(device) if gpu else f"CPU, {torch.get_num_threads()} threads"})
+    if settings.compile == "yes" or (settings.compile == "auto" and gpu):
         for module in learner.modules():
             if isinstance(module, VisionTransformer):
                 module.compile()
@@ -789,7 +781,7 @@ def train(learner, samples, settings, identity, validate, device):
     source = iter(DataLoader(
         Draws(samples, settings.seed), num_workers=settings.workers, worker_init_fn=worker_starts,
         batch_sampler=batches(len(samples), settings.batch, settings.epochs, settings.seed, start),
-        prefetch_factor=4 if settings.workers else None, pin_memory=device.type == "cuda"))
+        prefetch_factor=4 if settings.workers else None, pin_memory=gpu))
 
     for step in range(start + 1, last + 1):
         for group in optimizer.param_groups:
@@ -821,7 +813,9 @@ def train(learner, samples, settings, identity, validate, device):
             for doubt in doubts(loss.item(), learner.guessing(settings.batch), **report):
                 log.write(f"  warning: {doubt}", step=step, warning=doubt)
             meter.skipped = 0
-            log.validation(step, step // steps_per_epoch, **validate(learner.eval()))
+            epoch, found = step // steps_per_epoch, validate(learner.eval())
+            log.write(f"  after epoch {epoch}: " + ", ".join(f"{name} {value:.1f} %" for name, value in found.items()),
+                      step=step, epoch=epoch, **found)
             learner.train()
         if rank == 0 and saves:
             save_checkpoint(path, identity | {
@@ -999,15 +993,6 @@ def time_steps(settings, device):
           {"stage": "random", "data": ""}, None, device)
 
 
-def evaluate_toy(checkpoint):
-    """Show what a checkpoint can do on the toy world -> exit status."""
-    flags = ["--task", "toy", "--checkpoint", checkpoint]
-    print("\n$ python evaluate.py " + " ".join(flags), flush=True)
-    alone = {name: value for name, value in os.environ.items() if name != "RANK"}  # not a rank of this run
-    return subprocess.run([sys.executable, Path(__file__).with_name("evaluate.py"), *flags], check=False,
-                          env=alone).returncode
-
-
 def main():
     settings = parse(Settings(), PRESETS, description=__doc__)
     device = start_ranks()
@@ -1021,7 +1006,11 @@ def main():
     settings = replace(settings, out=settings.out or f"out/{dataset_folder(settings.data).name}/{run_name}")
     pretrain(settings, device)
     if ranks()[0] == 0 and settings.data == "toy":
-        sys.exit(evaluate_toy(f"{settings.out}/checkpoint.pt"))
+        flags = ["--task", "toy", "--checkpoint", f"{settings.out}/checkpoint.pt"]
+        print("\n$ python evaluate.py " + " ".join(flags), flush=True)
+        alone = {name: value for name, value in os.environ.items() if name != "RANK"}  # not a rank of this run
+        done = subprocess.run([sys.executable, Path(__file__).with_name("evaluate.py"), *flags], check=False, env=alone)
+        sys.exit(done.returncode)
 
 
 if __name__ == "__main__":
