@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 import time
+import timeit
 import zipfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -196,16 +197,16 @@ def autocast(device, precision):
 
 def matmul_rate(device, cast):
     """Measured rate of large matrix products on this device in FLOP/s: what MFU is a share of."""
-    size, times = (8192 if device.type == "cuda" else 1024), []
+    size = 8192 if device.type == "cuda" else 1024
     a, b = torch.randn(2, size, size, device=device)
-    for _ in range(5):
-        start = time.perf_counter()
+
+    def product():
         with cast:
             a @ b
         if device.type == "cuda":
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return 2 * size ** 3 / min(times)
+
+    return 2 * size ** 3 / min(timeit.repeat(product, number=1, repeat=5))
 
 
 # --------------------------------------------------------------------------------------- banks
