@@ -24,22 +24,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from clip_load import (
-    CACHE,
-    MODELS,
-    VOCABULARY,
-    Tokenizer,
-    cached,
-    fingerprint,
-    load_clip,
-)
+from clip_load import Tokenizer, fingerprint
 from data import (
     CLASS_NAMES,
     Claim,
     add_labels,
     dataset_folder,
-    is_array,
-    new_array,
     read_coco_captions,
     read_index,
     read_segments,
@@ -50,19 +40,22 @@ from data import (
 from evaluate import blank_figure
 from pretrain import (
     TOY,
+    Training,
     barrier,
     frame_bank,
+    open_clip,
     parse,
     ranks,
     setting,
+    shared_arrays,
     start_ranks,
     text_embeddings,
     training_clips,
 )
 
-SOURCES = ["ac", "fc", "vc", "rc", "gl", "gc"]
 PROMPTS = {"ac": "the sound of", "fc": "a photo of", "vc": "a photo of"}  # put before a caption for mining (Table 2)
 PAPER_PAIRS = {"ac": 1_080_078, "fc": 1_224_621, "vc": 1_172_276, "rc": 44_118, "gl": 120_816, "gc": 44_118}
+SOURCES = list(PAPER_PAIRS)
 
 
 @dataclass(frozen=True)
@@ -71,14 +64,14 @@ class Settings:
     source: str = setting("", "ac: AudioCaps' and Clotho's captions; fc: generated ones; vc: MSCOCO's; rc: random "
                           "ones; gl: AudioSet's labels; gc: gold ones", SOURCES)
     data: str = setting("", "folder of the clips; empty: audioset for ac, fc, vc, audiocaps for rc, gl, gc")
-    clip: str = setting("ViT-B/32", "one of OpenAI's names, or a path to weights")
-    vocab: str = setting(str(CACHE / VOCABULARY.rsplit("/", 1)[1]), "the tokenizer's vocabulary")
+    clip: str = setting(Training.clip, "one of OpenAI's names, or a path to weights")
+    vocab: str = setting(Training.vocab, "the tokenizer's vocabulary")
     leave_out: str = setting("data/audiocaps", "as in pretrain.py: folder of AudioCaps' tables, or none")
     k: int = setting(10, "captions that each frame picks; a clip's set is the union over its frames")
     threshold: float = setting(-1.0, "leave out captions whose cosine with the frame is below this")
     seed: int = setting(0, "of rc's random captions")
     preview: int = setting(0, "draw so many clips with their captions into <source>.png")
-    workers: int = setting(min(8, os.cpu_count() or 1), "processes that decode, a rank")
+    workers: int = setting(Training.workers, "processes that decode, a rank")
     rows: int = setting(16_384, "frames that are searched at a time")
     columns: int = setting(65_536, "captions that are compared at a time")
 
@@ -214,36 +207,20 @@ def mine(images, captions, folder, k, device="cpu", rows=16_384, columns=65_536,
     Memory holds a block of images and a block of captions, whatever their numbers. The ranks share the blocks of
     images; a search that was cut short goes on where it was. made_of: dict of what decides the result.
     """
-    folder, images, captions = Path(folder), np.load(images, mmap_mode="r"), np.load(captions, mmap_mode="r")
-    k, note = min(k, len(captions)), folder / "mined.json"
-    paths = {name: folder / f"{name}.npy" for name in ("cosines", "indices", "done")}
-    made_of = json.dumps({"k": k, "images": len(images), "captions": len(captions), **(made_of or {})})
-    arrays = {"cosines": (np.float32, (len(images), k)), "indices": (np.int32, (len(images), k)),
-              "done": (np.uint8, (len(images),))}
-    if ranks()[0] == 0:
-        lock = Claim(folder / "lock", wait=True)
-        if not (note.exists() and note.read_bytes() == made_of.encode()
-                and all(is_array(paths[name], *kind) for name, kind in arrays.items())):
-            note.unlink(missing_ok=True)
-            for name, kind in arrays.items():
-                new_array(paths[name], *kind)
-            write_whole(note, lambda path: path.write_text(made_of))
-    barrier()
-    cosines, indices, done = (np.load(paths[name], mmap_mode="r+") for name in ("cosines", "indices", "done"))
-    rank, size = ranks()
-    starts = range(rank * rows, len(images), size * rows)
-    if torch.device(device).type == "cuda" and captions.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
-        captions = torch.from_numpy(np.array(captions)).to(device)  # read once instead of once a block
-    with tqdm(total=len(images), desc=f"mining in {folder}", unit=" frames", unit_scale=True, disable=rank > 0) as bar:
-        for start in starts:
-            block = slice(start, min(start + rows, len(images)))
+    images, captions = np.load(images, mmap_mode="r"), np.load(captions, mmap_mode="r")
+    (rank, size), count, k = ranks(), len(images), min(k, len(captions))
+    made_of = {"k": k, "images": count, "captions": len(captions), **(made_of or {})}
+    arrays = {"cosines": (np.float32, (count, k)), "indices": (np.int32, (count, k)), "done": (np.uint8, (count,))}
+    with (shared_arrays(Path(folder), "mined.json", made_of, arrays) as (cosines, indices, done),
+          tqdm(total=count, desc=f"mining in {folder}", unit=" frames", unit_scale=True, disable=rank > 0) as bar):
+        if torch.device(device).type == "cuda" and captions.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
+            captions = torch.from_numpy(np.array(captions)).to(device)  # read once instead of once a block
+        for start in range(rank * rows, count, size * rows):
+            block = slice(start, min(start + rows, count))
             if not done[block].all():
                 cosines[block], indices[block] = top_captions(np.array(images[block]), captions, k, columns, device)
                 done[block] = 1
-            bar.update(min(size * rows, len(images) - bar.n))
-    barrier()
-    if rank == 0:
-        lock.close()
+            bar.update(min(size * rows, count - bar.n))
     return cosines, indices
 
 
@@ -327,41 +304,44 @@ def preview(path, clips, found, count):
     print(f"to look at: {path}")
 
 
+def mined_captions(settings, folder, device):
+    """What CLIP picks for a folder's clips -> clips, how many of them train, (i) -> captions and cosines, a remark."""
+    source, banks = settings.source, folder / "banks"
+    pool = caption_pool(source, folder)
+    clips, train_on = training_clips(folder, settings.leave_out)
+    clip, _ = open_clip(settings.clip, device)
+    tokenizer, name = Tokenizer(settings.vocab, clip.context_length), fingerprint(clip)
+    frames = frame_bank(banks / f"train-{name}", clips, clip, device, settings.workers)
+    texts = [f"{PROMPTS[source]} {caption}" for caption in pool]
+    embedded = text_embeddings(banks / f"{source}-{name}", texts, clip, tokenizer, device)
+    made_of = {"frames": frames.path.with_name("bank.json").read_text(),
+               "pool": embedded.with_name("bank.json").read_text(),
+               "readable": hashlib.sha256(frames.rows.tobytes()).hexdigest()}
+    cosines, indices = mine(frames.path, embedded, folder / "mined" / f"{source}-{name}", settings.k, device,
+                            settings.rows, settings.columns, made_of)
+
+    def found(i):
+        rows = frames.of(i) if train_on[i] else []
+        order, scores = union(cosines[rows], indices[rows], settings.threshold)
+        return [pool[j] for j in order], scores
+
+    long = sum(len(tokenizer.encode(text)) > clip.context_length for text in texts) if ranks()[0] == 0 else 0
+    cut = f", {long} of them cut to {clip.context_length} tokens" if long else ""
+    blind = sum(len(frames.of(i)) == 0 for i in range(len(clips)))
+    return clips, sum(train_on), found, f", pool of {len(pool)} captions{cut}, {blind} clips without a readable frame"
+
+
 def curate(settings, device):
     """Make <folder>/<source>.jsonl and say how many pairs it holds."""
-    source = settings.source
-    mined = source in PROMPTS
+    source, mined = settings.source, settings.source in PROMPTS
     folder = dataset_folder(settings.data or ("audioset" if mined else "audiocaps"))
     index = folder / f"{source}.jsonl"
     lock = Claim(f"{index}.lock") if ranks()[0] == 0 else None
     if mined:
-        pool = caption_pool(source, folder)
-        clips, train_on = training_clips(folder, settings.leave_out)
-        clip = load_clip(cached(settings.clip) if settings.clip in MODELS else settings.clip, device)
-        tokenizer = Tokenizer(settings.vocab, clip.context_length)
-        clip_id = fingerprint(clip)
-        frames = frame_bank(folder / "banks" / f"train-{clip_id}", clips, clip, device, settings.workers)
-        texts = [f"{PROMPTS[source]} {caption}" for caption in pool]
-        bank = text_embeddings(folder / "banks" / f"{source}-{clip_id}", texts, clip, tokenizer, device)
-        made_of = {name: (Path(path).parent / "bank.json").read_text()
-                   for name, path in (("frames", frames.path), ("pool", bank))}
-        made_of["readable"] = hashlib.sha256(frames.rows.tobytes()).hexdigest()
-        cosines, indices = mine(frames.path, bank, folder / "mined" / f"{source}-{clip_id}", settings.k, device,
-                                settings.rows, settings.columns, made_of)
-
-        def found(i):
-            if not train_on[i]:
-                return [], []
-            order, scores = union(cosines[frames.of(i)], indices[frames.of(i)], settings.threshold)
-            return [pool[j] for j in order], scores
-
-        long = sum(len(tokenizer.encode(text)) > clip.context_length for text in texts) if ranks()[0] == 0 else 0
-        cut = f", {long} of them cut to {clip.context_length} tokens" if long else ""
-        notes = [f"pool of {len(pool)} captions{cut}",
-                 f"{sum(len(frames.of(i)) == 0 for i in range(len(clips)))} clips without a readable frame"]
+        clips, count, found, notes = mined_captions(settings, folder, device)
     else:
         clips = with_captions(source, gold_clips(folder), folder, settings.seed)
-        notes, train_on = [], [True] * len(clips)
+        count, notes = len(clips), ""
 
         def found(i):
             return clips[i].captions, None
@@ -370,8 +350,7 @@ def curate(settings, device):
         kept, pairs = write_index(index, clips, map(found, range(len(clips))))
         if not kept:
             raise ValueError(f"no clip has a caption with a cosine of {settings.threshold} or more; lower --threshold")
-        print(f"{index}: {kept} of {sum(train_on)} clips with captions, {pairs} pairs (paper: {PAPER_PAIRS[source]})"
-              + "".join(f", {note}" for note in notes))
+        print(f"{index}: {kept} of {count} clips with captions, {pairs} pairs (paper: {PAPER_PAIRS[source]}){notes}")
         if settings.preview:
             preview(index.with_suffix(".png"), clips, found, settings.preview)
         lock.close()
@@ -412,6 +391,20 @@ def read_note(path):
         raise ValueError(f"{path}: damaged ({error}); delete it and the captions beside it") from None
 
 
+@torch.no_grad()
+def continuations(model, tokenizer, primers, settings, number):
+    """Batch `number` of what a model writes after captions drawn from `primers` -> pairs of its text and these."""
+    rng = np.random.default_rng((settings.seed, number))
+    torch.manual_seed(settings.seed * 1_000_003 + number)
+    shown = [[primers[i] for i in rng.integers(len(primers), size=settings.shots)] for _ in range(settings.batch)]
+    prompts = tokenizer(["".join(f"- {line}\n" for line in lines) + "-" for lines in shown], return_tensors="pt",
+                        padding=True).to(model.device)
+    tokens = model.generate(**prompts, do_sample=True, max_new_tokens=settings.tokens, top_p=settings.top_p,
+                            temperature=settings.temperature, pad_token_id=tokenizer.pad_token_id)
+    written = tokenizer.batch_decode(tokens[:, prompts["input_ids"].shape[1]:], skip_special_tokens=True)
+    return zip(written, shown)
+
+
 def generate(settings, device):
     """Append captions to settings.out until there are enough; goes on where it was cut short, with the same captions.
 
@@ -446,21 +439,10 @@ def generate(settings, device):
         barren = 0
         with tqdm(total=settings.count, initial=len(known), desc=str(out), unit=" captions") as bar:
             while len(known) < settings.count:
-                rng = np.random.default_rng((settings.seed, state["batches"]))
-                torch.manual_seed(settings.seed * 1_000_003 + state["batches"])
-                shown = [[primers[i] for i in rng.integers(len(primers), size=settings.shots)]
-                         for _ in range(settings.batch)]
-                prompts = tokenizer(["".join(f"- {line}\n" for line in lines) + "-" for lines in shown],
-                                    return_tensors="pt", padding=True).to(device)
-                with torch.no_grad():
-                    tokens = model.generate(**prompts, do_sample=True, max_new_tokens=settings.tokens,
-                                            top_p=settings.top_p, temperature=settings.temperature,
-                                            pad_token_id=tokenizer.pad_token_id)
-                written = tokenizer.batch_decode(tokens[:, prompts["input_ids"].shape[1]:], skip_special_tokens=True)
                 before = len(known)
-                for text, lines in zip(written, shown):
+                for text, shown in continuations(model, tokenizer, primers, settings, state["batches"]):
                     for caption in clean(text):
-                        if caption.lower() not in known and caption not in lines and len(known) < settings.count:
+                        if caption.lower() not in known and caption not in shown and len(known) < settings.count:
                             known.add(caption.lower())
                             file.write(caption.encode() + b"\n")
                 file.flush()

@@ -19,8 +19,9 @@ import os
 import subprocess
 import sys
 import time
+import timeit
 import zipfile
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
@@ -113,19 +114,18 @@ class Training:
         """Factor on the peak learning rates at a step."""
         return schedule(step, self.epochs * steps_per_epoch, self.warmup_epochs * steps_per_epoch)
 
-    def check(self, names=("batch", "epochs", "log_every", "save_every", "frames", "mels")):
+    def check(self):
         """Raises ValueError for numbers that can't be: not positive, a batch that the ranks can't share."""
-        for name in names:
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
-        for name in ("steps", "micro_batch"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 0")
-        if self.batch % ranks()[1]:
+        for least, names in ((1, ("batch", "epochs", "log_every", "save_every", "frames", "mels")),
+                             (0, ("steps", "micro_batch"))):
+            for name in names:
+                if getattr(self, name) < least:
+                    raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least {least}")
+        a_rank, left = divmod(self.batch, ranks()[1])
+        if left:
             raise ValueError(f"--batch {self.batch} can't be split over {ranks()[1]} ranks")
-        if self.micro_batch and self.batch // ranks()[1] % self.micro_batch:
-            raise ValueError(f"--micro-batch {self.micro_batch}: {self.batch // ranks()[1]} clips a rank can't be cut "
-                             f"into such slices")
+        if self.micro_batch and a_rank % self.micro_batch:
+            raise ValueError(f"--micro-batch {self.micro_batch}: {a_rank} clips a rank can't be cut into such slices")
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ TOY = Settings(data="toy", leave_out="none", clip="out/toy/clip/clip.pt", vocab=
                sample_rate=16_000, mels=64, frames=100, mean=-2.21, std=3.51, stride_time=12, stride_mel=12, batch=64,
                epochs=9, warmup_epochs=0.5, lr_weights=5.0, lr_biases=7e-3, workers=1, log_every=62)
 TOY_CLIP = replace(TOY, out="out/toy/clip", optimizer="adam", batch=128, epochs=8, warmup_epochs=0.3,
-                   lr_weights=5e-4, lr_biases=5e-4, workers=1, log_every=62)
+                   lr_weights=5e-4, lr_biases=5e-4)
 # The paper's step without a file: what this machine can do.
 RANDOM = Settings(data="random", init="random", steps=50, log_every=10)
 PRESETS = {"toy": TOY, "random": RANDOM}
@@ -156,11 +156,11 @@ def parse(defaults, presets, argv=None, description=None):
         parser.add_argument("--" + f.name.replace("_", "-"), type=type(f.default), choices=f.metadata["choices"],
                             default=argparse.SUPPRESS, help=f"{f.metadata['help']} ({f.default})".replace("%", "%%"))
     given = vars(parser.parse_args(argv))
-    chosen = [presets[given[name]] for name in ("head", "data") if given.get(name) in presets]
-    return replace((chosen or [defaults])[0], **given)
+    preset = next((presets[given[name]] for name in ("head", "data") if given.get(name) in presets), defaults)
+    return replace(preset, **given)
 
 
-# --------------------------------------------------------------------------------------- ranks
+# ------------------------------------------------------------------------------ ranks, devices
 
 def start_ranks():
     """Join torchrun's process group if there is one: NCCL on GPUs, gloo on CPUs. Returns this rank's device."""
@@ -197,16 +197,16 @@ def autocast(device, precision):
 
 def matmul_rate(device, cast):
     """Measured rate of large matrix products on this device in FLOP/s: what MFU is a share of."""
-    size, times = (8192 if device.type == "cuda" else 1024), []
+    size = 8192 if device.type == "cuda" else 1024
     a, b = torch.randn(2, size, size, device=device)
-    for _ in range(5):
-        start = time.perf_counter()
+
+    def product():
         with cast:
             a @ b
         if device.type == "cuda":
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return 2 * size ** 3 / min(times)
+
+    return 2 * size ** 3 / min(timeit.repeat(product, number=1, repeat=5))
 
 
 # --------------------------------------------------------------------------------------- banks
@@ -232,7 +232,7 @@ def split_readable(samples):
 
 
 @torch.no_grad()
-def embed(items, read, encode, out, state, device, workers, description=None, batch=128, unit=True):
+def embed(items, read, encode, out, state, device, workers, description=None, unit=True):
     """Fill out (M, D) with embeddings of items, of length 1 if `unit`; state (M,) becomes 1, or 2 where unreadable.
 
     Rows whose state is not 0 are done already. The ranks share the rest. read(item) -> tensor(s), in worker
@@ -243,9 +243,9 @@ def embed(items, read, encode, out, state, device, workers, description=None, ba
     todo = todo[np.asarray(state)[todo] == 0]
     if not len(todo):
         return
-    loader = DataLoader(Readable(items, read), batch, sampler=todo.tolist(), num_workers=workers,
+    loader = DataLoader(Readable(items, read), 128, sampler=todo.tolist(), num_workers=workers,
                         collate_fn=split_readable, worker_init_fn=worker_starts)
-    with tqdm(total=len(todo), desc=description, disable=rank > 0 or not len(todo) or not description, unit="") as bar:
+    with tqdm(total=len(todo), desc=description, disable=rank > 0 or not description, unit="") as bar:
         for rows, tensors, bad, reasons in loader:
             if rows:
                 tensors = tensors if isinstance(tensors, (tuple, list)) else [tensors]
@@ -270,6 +270,12 @@ def embed_all(items, read, encode, dimensions, device, workers=0, description=No
     return out.cpu(), state.cpu() == 1
 
 
+def is_unit(rows):
+    """Which rows (..., D) have length 1, but for the rounding of fp16 -> (...,) bool; one that holds NaN has not."""
+    rows = rows.astype(np.float32)
+    return np.abs((rows * rows).sum(-1) - 1) < 0.01
+
+
 class Bank:
     """Frozen target embeddings on disk, (M, D) fp16 unit vectors, and the rows that belong to each clip."""
 
@@ -287,15 +293,15 @@ class Bank:
     def draw(self, clip, rng):
         """One of a clip's embeddings -> (D,) float32. Raises ValueError where it is none."""
         row = rng.choice(self.of(clip))
-        target = self.embeddings[row].astype(np.float32)
-        if not abs(target @ target - 1) < 0.01:
+        target = self.embeddings[row]
+        if not is_unit(target):
             raise ValueError(f"{self.path}: row {row} is not a unit vector, so the file is damaged; delete its folder "
                              f"to make it anew")
-        return torch.from_numpy(target)
+        return torch.from_numpy(target.astype(np.float32))
 
     def check(self):
         """Raises ValueError where all targets are alike, so that there is nothing to learn from them."""
-        if not len(self.rows):
+        if len(self.rows) == 0:
             return
         some = self.embeddings[self.rows[np.linspace(0, len(self.rows) - 1, 1000).astype(int)]].astype(np.float32)
         if np.abs(some - some[0]).max() < 1e-3:
@@ -303,36 +309,45 @@ class Bank:
                              f"the captions, differ?")
 
 
-def stored(folder, made_of, items, read, encode, dimensions, device, workers=0):
-    """Unit embeddings of items kept in `folder` -> path of the file, (M, D) fp16, and which rows could be made (M,).
+@contextmanager
+def shared_arrays(folder, note, made_of, arrays):
+    """Arrays in files of `folder` that all ranks fill together, and that a killed run leaves to the next one.
 
-    Built once; reused when made of the same (`made_of`: dict of what decides the content), carried on with when a
-    build was cut short, made anew otherwise.
+    note: name of a file that holds `made_of`, a dict of what decides the content. Where it says otherwise, or an array
+    is not whole, all arrays begin anew as zeros. arrays: {name: (dtype, shape)}. No other run gets the folder until
+    every rank is done. Yields the arrays, mapped into memory.
     """
-    folder = Path(folder)
-    embeddings, state, note = folder / "embeddings.npy", folder / "state.npy", folder / "bank.json"
+    paths, note, made_of = {name: folder / f"{name}.npy" for name in arrays}, folder / note, json.dumps(made_of)
     if ranks()[0] == 0:
-        lock, made_of, shape = Claim(folder / "lock", wait=True), json.dumps(made_of), (len(items), dimensions)
-        if not (note.exists() and note.read_bytes() == made_of.encode() and is_array(embeddings, np.float16, shape)
-                and is_array(state, np.uint8, shape[:1])):
+        lock = Claim(folder / "lock", wait=True)
+        fits = note.exists() and note.read_bytes() == made_of.encode()
+        if not (fits and all(is_array(paths[name], *kind) for name, kind in arrays.items())):
             note.unlink(missing_ok=True)
-            new_array(embeddings, np.float16, shape)
-            new_array(state, np.uint8, shape[:1])
-            write_whole(note, lambda path: path.write_text(made_of))
-        done = np.load(state, mmap_mode="r+")
-        done[done != 1] = 0  # what could not be read last time is tried again, and named again
-        rows = np.load(embeddings, mmap_mode="r")
-        for i in range(0, len(items), 2 ** 16):  # what a power cut lost is made again
-            part = rows[i:i + 2 ** 16].astype(np.float32)
-            done[i:i + 2 ** 16][~(np.abs((part * part).sum(1) - 1) < 0.01)] = 0
+            for name, kind in arrays.items():
+                new_array(paths[name], *kind)
+            write_whole(note, lambda part: part.write_text(made_of))
     barrier()
-    done = np.load(state, mmap_mode="r+")
-    embed(items, read, encode, np.load(embeddings, mmap_mode="r+"), done, device, workers, f"bank {folder}")
+    yield [np.load(path, mmap_mode="r+") for path in paths.values()]
     barrier()
     if ranks()[0] == 0:
         lock.close()
-    assert np.all(done), "everything is embedded or unreadable by now"
-    return embeddings, np.asarray(done) == 1
+
+
+def stored(folder, made_of, items, read, encode, dimensions, device, workers=0):
+    """Unit embeddings of items kept in `folder` -> path of the file, (M, D) fp16, and which rows could be made (M,).
+
+    Built once; reused when made of the same (as shared_arrays says), carried on with when a build was cut short.
+    """
+    folder, (rank, size) = Path(folder), ranks()
+    arrays = {"embeddings": (np.float16, (len(items), dimensions)), "state": (np.uint8, (len(items),))}
+    with shared_arrays(folder, "bank.json", made_of, arrays) as (embeddings, state):
+        rows, done = embeddings[rank::size], state[rank::size]  # this rank's share, as `embed` cuts it
+        done[done != 1] = 0  # what could not be read last time is tried again, and named again
+        for i in range(0, len(done), 2 ** 16):  # what a power cut lost is made again
+            done[i:i + 2 ** 16][~is_unit(rows[i:i + 2 ** 16])] = 0
+        embed(items, read, encode, embeddings, state, device, workers, f"bank {folder}")
+        assert done.all(), "everything is embedded or unreadable by now"
+    return folder / "embeddings.npy", np.asarray(state) == 1
 
 
 def frame_bank(folder, clips, clip, device, workers):
@@ -342,9 +357,8 @@ def frame_bank(folder, clips, clip, device, workers):
     readable frame.
     """
     frames, digest = [frame for c in clips for frame in c.frames], hashlib.sha256(str(clip.image_size).encode())
-    for frame in frames if ranks()[0] == 0 else []:
-        stat = os.stat(frame) if os.path.exists(frame) else None
-        digest.update(f"{frame} {stat and (stat.st_size, stat.st_mtime_ns)}\n".encode())
+    for frame in frames if ranks()[0] == 0 else []:  # who alone compares it
+        digest.update(f"{frame} {stamp(frame) if os.path.exists(frame) else None}\n".encode())
     made_of = {"clip": fingerprint(clip), "files": digest.hexdigest(), "frames": len(frames), "clips": len(clips)}
     path, done = stored(folder, made_of, frames, partial(load_image, size=clip.image_size), clip.encode_image,
                         clip.visual.proj.shape[1], device, workers)
@@ -357,15 +371,16 @@ def frame_bank(folder, clips, clip, device, workers):
     if empty > 0.01 * len(clips):
         raise ValueError(f"{empty} of {len(clips)} clips have no readable frame, over 1 %; see the messages above "
                          f"(delete {folder} to try again)")
-    return Bank(str(path), rows, starts)
+    return Bank(path, rows, starts)
 
 
 def text_embeddings(folder, texts, clip, tokenizer, device):
     """Unit text embeddings of CLIP, kept in `folder`, (M, D) fp16 -> their path."""
     digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
     made_of = {"clip": fingerprint(clip), "tokens": tokenizer.vocab_size, "texts": digest, "count": len(texts)}
-    return str(stored(folder, made_of, texts, lambda text: tokenizer([text])[0], clip.encode_text,
-                      clip.text_projection.shape[1], device)[0])
+    path, _ = stored(folder, made_of, texts, lambda text: tokenizer([text])[0], clip.encode_text,
+                     clip.text_projection.shape[1], device)
+    return path
 
 
 def caption_bank(folder, clips, captions, clip, tokenizer, device):
@@ -376,7 +391,7 @@ def caption_bank(folder, clips, captions, clip, tokenizer, device):
     return Bank(path, rows, np.cumsum([0] + [len(c.captions) for c in clips]))
 
 
-# ------------------------------------------------------------------------- learners and samples
+# ---------------------------------------------------------------------------- learner and samples
 
 def masked_input(learner, batch):
     """A batch's filterbanks, normalised and masked (B, 1, T, F); learner.heard keeps mean, std, share of padding."""
@@ -415,6 +430,13 @@ class AudioLearner(nn.Module):
     def flops(self):
         """Of one sample's forward and backward pass (the backward costs two forwards)."""
         return 3 * self.audio_encoder.flops()
+
+    def embed(self, paths, device, workers=0):
+        """Embeddings of sound files, the same on every rank: (N, D) unit vectors, (N,) bool readable."""
+        def encode(wave, length):
+            return self.audio_encoder(self.front_end(wave, length))                          # (B, D)
+
+        return embed_all(paths, self.front_end.load, encode, self.audio_encoder.config["output_dim"], device, workers)
 
 
 class AudioSamples:
@@ -458,44 +480,6 @@ class RandomSamples:
                 "draws": torch.from_numpy(rng.random(4, dtype=np.float32))}
 
 
-class ClipLearner(nn.Module):
-    """The toy's CLIP itself, learned from image-caption pairs: the L_cst(V, T) term of Eq. 3."""
-
-    def __init__(self, clip):
-        super().__init__()
-        self.clip = clip
-
-    def forward(self, batch):
-        return self.clip.encode_image(batch["image"]), self.clip.encode_text(batch["tokens"])  # 2 × (B, D)
-
-    def loss(self, images, texts):
-        return info_nce(images, texts, self.clip.logit_scale)
-
-    def guessing(self, batch):
-        return 2 * math.log(batch)
-
-    def report(self):
-        return {"temperature": self.clip.logit_scale.neg().exp().item()}
-
-    def flops(self):
-        return 3 * (self.clip.visual.flops() + self.clip.transformer.flops(self.clip.context_length))
-
-
-class PairSamples:
-    """Image-caption pairs, few enough to stay in memory: sample i is a picture and one of its captions."""
-    paths = ()
-
-    def __init__(self, clips, tokenizer, image_size):
-        self.images = torch.stack([load_image(clip.frames[0], image_size) for clip in clips])   # (N, 3, R, R)
-        self.tokens = [tokenizer(clip.captions) for clip in clips]                              # N × (captions, L)
-
-    def __len__(self):
-        return len(self.tokens)
-
-    def read(self, i, rng):
-        return {"image": self.images[i], "tokens": self.tokens[i][rng.integers(len(self.tokens[i]))]}
-
-
 class Draws(torch.utils.data.Dataset):
     """Samples by (epoch, i): all chance in a sample follows from seed, epoch and i, whoever reads it when."""
 
@@ -503,15 +487,14 @@ class Draws(torch.utils.data.Dataset):
         self.samples, self.seed = samples, seed
 
     def __getitem__(self, key):
-        epoch, i = key
-        why = []
+        (epoch, i), reasons = key, []
         for step in range(min(100, len(self.samples))):  # where a clip can't be read the next one steps in
             try:
                 sample = self.samples.read((i + step) % len(self.samples), np.random.default_rng((self.seed, epoch, i)))
-                return sample | {"skipped": int(step > 0), "why": why[0] if why else ""}
+                return sample | {"skipped": reasons[0] if reasons else ""}
             except Unreadable as error:
-                why.append(str(error))
-        raise ValueError(f"not one of {len(why)} clips in a row can be read, for example {why[0]}")
+                reasons.append(str(error))
+        raise ValueError(f"not one of {len(reasons)} clips in a row can be read, for example {reasons[0]}")
 
 
 def batches(count, batch, epochs, seed, start=0):
@@ -573,11 +556,90 @@ def audio_encoder_of(checkpoint, path):
     return encoder.eval().requires_grad_(False), front_end
 
 
-# ------------------------------------------------------------------------------------ the loop
-
 def versions():
     """What a checkpoint and a log say of the software that made them."""
     return {"python": sys.version.split()[0], "torch": str(torch.__version__), "numpy": np.__version__}
+
+
+def digest_of(clips):
+    """Short hex digest of an index's content."""
+    return hashlib.sha256("\n".join(map(repr, clips)).encode()).hexdigest()[:16]
+
+
+def clip_identity(clip, weights, vocab):
+    """How a checkpoint names the CLIP that made its targets; weights, vocab: paths."""
+    return {"weights": str(Path(weights).resolve()), "vocab": str(Path(vocab).resolve()),
+            "fingerprint": fingerprint(clip)}
+
+
+def decisive(settings, made_of):
+    """What a run's result follows from: its settings, and out of its identity or checkpoint the data and weights."""
+    return settings | {"index": made_of.get("data"), "samples": made_of.get("samples"),
+                       "clip weights": made_of.get("clip", {}).get("fingerprint"),
+                       "start": made_of.get("start", {}).get("weights")}
+
+
+def restore(path, learner, optimizer, settings, identity, files):
+    """Go on from a run's own checkpoint, if there is one -> step, skipped clips of the epoch so far, sizes of `files`.
+
+    The sizes, in bytes, are looked at by rank 0. Raises ValueError where the checkpoint was made with other settings,
+    samples or CLIP, or where a file is another one: going on would be another run.
+    """
+    sizes = torch.tensor([stamp(file)[0] for file in files] if ranks()[0] == 0 else [], dtype=torch.int64)
+    if not path.exists():
+        return 0, 0, sizes
+    saved = load_checkpoint(path, [identity["stage"]])
+    then, now = decisive(saved["settings"], saved), decisive(asdict(settings), identity)
+    free = {f.name for f in fields(settings) if not f.compare}
+    changed = {name: (then.get(name), value) for name, value in now.items()
+               if name not in free and then.get(name) != value}
+    if changed:
+        raise ValueError(f"{path} was made otherwise (then, now): {changed}; choose another --out, or delete it")
+    known = saved.get("sizes", sizes)[:len(sizes)]
+    differs = (sizes != known) & (sizes > 0) & (known > 0)  # what is gone is skipped and counted
+    if differs.any():
+        first = os.fsdecode(files[differs.nonzero()[0].item()])
+        raise ValueError(f"{first} is not the file it was when {path} was made, nor are {int(differs.sum()) - 1} "
+                         f"others; choose another --out, or delete it")
+    learner.load_state_dict(saved["learner"])
+    optimizer.load_state_dict(saved["optimizer"])
+    return saved["step"], saved["skipped"], torch.where(sizes > 0, sizes, known)
+
+
+# ------------------------------------------------------------------------------------ the loop
+
+class Meter:
+    """Of the steps since the log's last line: loss, time, waiting for data. Of the epoch: clips that were skipped."""
+
+    def __init__(self, device, skipped):
+        self.device, self.skipped = device, skipped  # skipped counts on all ranks; missed on this one, since the line
+        self.restart()
+
+    def restart(self):
+        self.loss, self.steps, self.missed = torch.zeros((), device=self.device), 0, 0
+        self.waited, self.began = 0.0, time.perf_counter()
+
+    def next_batch(self, source):
+        """A batch out of a DataLoader's iterator, on the device."""
+        asked = time.perf_counter()
+        batch = next(source)
+        self.waited += time.perf_counter() - asked
+        for why in filter(None, batch.pop("skipped")):
+            print(f"skipped: {why}", file=sys.stderr)
+            self.missed += 1
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+
+    def add(self, loss):
+        self.loss += loss.detach()
+        self.steps += 1
+
+    def read(self):
+        """Mean loss over steps and ranks, seconds. Waits for the device, as nothing else in the loop does."""
+        sums = torch.stack([self.loss, torch.tensor(float(self.missed), device=self.device)])
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        self.skipped += int(sums[1].item())
+        return sums[0].item() / self.steps / ranks()[1], time.perf_counter() - self.began
 
 
 class Log:
@@ -587,9 +649,8 @@ class Log:
         self.path = path
         if ranks()[0] > 0:
             return
-        kept = [line for line in path.read_text().splitlines() if self.step_of(line) <= step] \
-            if step and path.exists() else []
-        lines = [*kept, json.dumps(header | {"versions": versions()})]
+        lines = path.read_text().splitlines() if step and path.exists() else []
+        lines = [line for line in lines if self.step_of(line) <= step] + [json.dumps(header | {"versions": versions()})]
         write_whole(path, lambda part: part.write_text("".join(line + "\n" for line in lines)))
         print(f"{header['stage']}: {header['samples']} samples, {header['ranks']} rank(s) on {header['device']}, "
               f"{'from step ' + str(step) if step else 'from the start'}; log in {path}", flush=True)
@@ -616,21 +677,11 @@ class Log:
                    f"ETA {eta // 3600}:{eta // 60 % 60:02d}:{eta % 60:02d}"
                    + (f" | skipped {values['skipped']}" if values["skipped"] else ""), step=step, **values)
 
-    def validation(self, step, epoch, **values):
-        """What an evaluation gave."""
-        self.write(f"  after epoch {epoch}: " + ", ".join(f"{name} {value:.1f} %" for name, value in values.items()),
-                   step=step, epoch=epoch, **values)
-
     def write(self, line, **values):
         if ranks()[0] == 0:
             with open(self.path, "a") as file:
                 file.write(json.dumps(values) + "\n")
             print(line, flush=True)
-
-
-def device_name(device):
-    """Name of the GPU, or CPU and its threads."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
 def make_optimizer(learner, settings):
@@ -640,43 +691,6 @@ def make_optimizer(learner, settings):
     for group in groups:
         group["peak"] = group["lr"]
     return LARS(groups) if settings.optimizer == "lars" else torch.optim.Adam(groups)
-
-
-def digest_of(clips):
-    """Short hex digest of an index's content."""
-    return hashlib.sha256("\n".join(map(repr, clips)).encode()).hexdigest()[:16]
-
-
-def restore(path, learner, optimizer, settings, identity, paths, sizes):
-    """Load a run's own checkpoint; returns (step, skipped clips of the epoch so far), (0, 0) if there is none.
-
-    paths, sizes: the samples' files and their bytes now, on rank 0. Raises ValueError where the checkpoint was made
-    with other settings, samples or CLIP, or where a file is another one: going on would be another run.
-    """
-    if not path.exists():
-        return 0, 0
-    saved = load_checkpoint(path, [identity["stage"]])
-    # the index's content, how many of its clips could be used, and the CLIP that made their targets
-    def made_of(checkpoint):
-        return {"index": checkpoint.get("data"), "samples": checkpoint.get("samples"),
-                "clip weights": checkpoint.get("clip", {}).get("fingerprint"),
-                "start": checkpoint.get("start", {}).get("weights")}
-
-    then = saved["settings"] | made_of(saved)
-    now = {f.name: getattr(settings, f.name) for f in fields(settings) if f.compare} | made_of(identity)
-    changed = {name: (then.get(name), value) for name, value in now.items() if then.get(name) != value}
-    if changed:
-        raise ValueError(f"{path} was made otherwise (then, now): {changed}; choose another --out, or delete it")
-    known = saved.get("sizes", sizes) if len(sizes) else sizes
-    differs = (sizes != known) & (sizes > 0) & (known > 0)
-    if differs.any():  # what is gone is skipped and counted
-        first = os.fsdecode(paths[differs.nonzero()[0].item()])
-        raise ValueError(f"{first} is not the file it was when {path} was made, nor are {int(differs.sum()) - 1} "
-                         f"others; choose another --out, or delete it")
-    sizes.copy_(torch.where(sizes > 0, sizes, known))
-    learner.load_state_dict(saved["learner"])
-    optimizer.load_state_dict(saved["optimizer"])
-    return saved["step"], saved["skipped"]
 
 
 def backward_in_slices(model, learner, batch, count, cast):
@@ -722,6 +736,16 @@ def doubts(loss, guessing, temperature=0.07, input_mean=0.0, input_std=1.0, padd
     return found
 
 
+def stop_if_lost(step, loss, weights, skipped, samples, checkpoint):
+    """Raises FloatingPointError where loss or weights are not finite, ValueError where over 1 % can't be read."""
+    if not math.isfinite(loss) or not all(weight.isfinite().all() for weight in weights):
+        raise FloatingPointError(f"the loss is {loss} and the weights diverge at step {step}. The last good checkpoint "
+                                 f"stays in {checkpoint}; lower --lr-weights or --lr-biases, or use --precision fp32")
+    if skipped > 0.01 * samples:
+        raise ValueError(f"{skipped} clips of this epoch could not be read, over 1 % of {samples}; mend or remove the "
+                         f"files named above")
+
+
 def train(learner, samples, settings, identity, validate, device):
     """*The* training loop: leaves <out>/checkpoint.pt and log.jsonl, and goes on from them if they are there.
 
@@ -732,45 +756,38 @@ def train(learner, samples, settings, identity, validate, device):
     validate: (learner) -> dict of numbers, called on every rank after each epoch; None: a timing, nothing is kept
     """
     rank, size = ranks()
-    out = Path(settings.out)
-    checkpoint_path = out / "checkpoint.pt"
+    path = Path(settings.out) / "checkpoint.pt"
     steps_per_epoch = len(samples) // settings.batch
     if steps_per_epoch == 0:
         raise ValueError(f"{len(samples)} samples do not fill one batch of {settings.batch}; lower --batch")
     steps = settings.epochs * steps_per_epoch
     last = min(steps, settings.steps or steps)
-    lock = Claim(out / "lock") if rank == 0 else None
+    lock = Claim(path.with_name("lock")) if rank == 0 else None
     learner.to(device).train()
     optimizer = make_optimizer(learner, settings)
-    identity |= {"samples": len(samples)}
-    sizes = torch.tensor([stamp(path)[0] for path in samples.paths] if rank == 0 else [], dtype=torch.int64)
-    start, skipped = restore(checkpoint_path, learner, optimizer, settings, identity, samples.paths, sizes)
-    log = Log(out / "log.jsonl", start, identity | {"command": sys.argv, "settings": asdict(settings), "ranks": size,
-                                                    "device": device_name(device)})
-    if settings.compile == "yes" or (settings.compile == "auto" and device.type == "cuda"):
-        for tower in (module for module in learner.modules() if isinstance(module, VisionTransformer)):
-            tower.compile()
+    identity = identity | {"samples": len(samples)}
+    start, skipped, sizes = restore(path, learner, optimizer, settings, identity, samples.paths)
+    gpu = device.type == "cuda"
+    log = Log(path.with_name("log.jsonl"), start, identity | {
+        "command": sys.argv, "settings": asdict(settings), "ranks": size,
+        "device": torch.cuda.get_device_name(device) if gpu else f"CPU, {torch.get_num_threads()} threads"})
+    if settings.compile == "yes" or (settings.compile == "auto" and gpu):
+        for module in learner.modules():
+            if isinstance(module, VisionTransformer):
+                module.compile()
     model = DistributedDataParallel(learner) if size > 1 else learner
     cast = autocast(device, settings.precision)
     rate = matmul_rate(device, cast)
-    loader = DataLoader(Draws(samples, settings.seed), num_workers=settings.workers,
-                        batch_sampler=batches(len(samples), settings.batch, settings.epochs, settings.seed, start),
-                        prefetch_factor=4 if settings.workers else None, worker_init_fn=worker_starts,
-                        pin_memory=device.type == "cuda")
-    total, missed, since, waited, clock = torch.zeros((), device=device), 0, 0, 0.0, time.perf_counter()
-    source = iter(loader)
-    for step in range(start, last):
-        asked = time.perf_counter()
-        batch = next(source)
-        waited += time.perf_counter() - asked
-        for why in filter(None, batch.pop("why")):
-            print(f"skipped: {why}", file=sys.stderr)
-        missed += batch.pop("skipped").sum().item()
-        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    meter = Meter(device, skipped)
+    source = iter(DataLoader(
+        Draws(samples, settings.seed), num_workers=settings.workers, worker_init_fn=worker_starts,
+        batch_sampler=batches(len(samples), settings.batch, settings.epochs, settings.seed, start),
+        prefetch_factor=4 if settings.workers else None, pin_memory=gpu))
 
-        factor = settings.lr_factor(step, steps_per_epoch)
+    for step in range(start + 1, last + 1):
         for group in optimizer.param_groups:
-            group["lr"] = factor * group["peak"]
+            group["lr"] = settings.lr_factor(step - 1, steps_per_epoch) * group["peak"]
+        batch = meter.next_batch(source)
         if settings.micro_batch:
             loss = backward_in_slices(model, learner, batch, settings.micro_batch, cast)
         else:
@@ -780,45 +797,103 @@ def train(learner, samples, settings, identity, validate, device):
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        meter.add(loss)
 
-        total += loss.detach()
-        since += 1
-        epoch_ends = (step + 1) % steps_per_epoch == 0
-        saves = validate and (epoch_ends or (step + 1) % settings.save_every == 0 or step + 1 == last)
-        if saves or since == settings.log_every or step + 1 == last:  # the only place where the device is waited for
-            sums = torch.stack([total, torch.tensor(float(missed), device=device)])
-            if size > 1:
-                dist.all_reduce(sums)
-            mean_loss, skipped = sums[0].item() / since / size, skipped + int(sums[1].item())
-            seconds = time.perf_counter() - clock
-            if not math.isfinite(mean_loss) or (saves and not all(p.isfinite().all() for p in learner.parameters())):
-                raise FloatingPointError(f"the loss is {mean_loss} and the weights diverge at step {step + 1}. The "
-                                         f"last good checkpoint stays in {checkpoint_path}; lower --lr-weights or "
-                                         f"--lr-biases, or use --precision fp32")
-            if skipped > 0.01 * len(samples):
-                raise ValueError(f"{skipped} clips of this epoch could not be read, over 1 % of {len(samples)}; "
-                                 f"mend or remove the files named above")
-            speed, report = since * settings.batch / seconds, learner.report()
-            log.training(step + 1, epoch=(step + 1) / steps_per_epoch, loss=mean_loss, **report,
-                         lr_weights=optimizer.param_groups[0]["lr"], lr_biases=optimizer.param_groups[1]["lr"],
-                         clips_per_second=speed, waiting=waited / seconds, mfu=speed * learner.flops() / rate / size,
-                         skipped=skipped, eta=seconds / since * (last - step - 1))
-            total, missed, since, waited, clock = torch.zeros((), device=device), 0, 0, 0.0, time.perf_counter()
+        epoch_ends = step % steps_per_epoch == 0
+        saves = validate and (epoch_ends or step % settings.save_every == 0 or step == last)
+        if not (saves or meter.steps == settings.log_every or step == last):
+            continue
+        mean_loss, seconds = meter.read()
+        stop_if_lost(step, mean_loss, learner.parameters() if saves else (), meter.skipped, len(samples), path)
+        speed, report = meter.steps * settings.batch / seconds, learner.report()
+        log.training(step, epoch=step / steps_per_epoch, loss=mean_loss, **report,
+                     lr_weights=optimizer.param_groups[0]["lr"], lr_biases=optimizer.param_groups[1]["lr"],
+                     clips_per_second=speed, waiting=meter.waited / seconds, mfu=speed * learner.flops() / rate / size,
+                     skipped=meter.skipped, eta=seconds / meter.steps * (last - step))
         if epoch_ends and validate:
             for doubt in doubts(loss.item(), learner.guessing(settings.batch), **report):
-                log.write(f"  warning: {doubt}", step=step + 1, warning=doubt)
-            skipped = 0
-            log.validation(step + 1, (step + 1) // steps_per_epoch, **validate(learner.eval()))
+                log.write(f"  warning: {doubt}", step=step, warning=doubt)
+            meter.skipped = 0
+            epoch, found = step // steps_per_epoch, validate(learner.eval())
+            log.write(f"  after epoch {epoch}: " + ", ".join(f"{name} {value:.1f} %" for name, value in found.items()),
+                      step=step, epoch=epoch, **found)
             learner.train()
-        if rank == 0 and saves:  # after the loss was seen to be finite
-            save_checkpoint(checkpoint_path, identity | {
-                "settings": asdict(settings), "versions": versions(), "step": step + 1, "steps": steps, "sizes": sizes,
-                "skipped": skipped, "learner": learner.state_dict(), "optimizer": optimizer.state_dict()})
-        if saves:
-            clock = time.perf_counter()
+        if rank == 0 and saves:
+            save_checkpoint(path, identity | {
+                "settings": asdict(settings), "versions": versions(), "step": step, "steps": steps, "sizes": sizes,
+                "skipped": meter.skipped, "learner": learner.state_dict(), "optimizer": optimizer.state_dict()})
+        meter.restart()
     barrier()
     if rank == 0:
         lock.close()
+
+
+# --------------------------------------------------------------------------------- the toy's CLIP
+
+class ClipLearner(nn.Module):
+    """The toy's CLIP itself, learned from image-caption pairs: the L_cst(V, T) term of Eq. 3."""
+
+    def __init__(self, clip):
+        super().__init__()
+        self.clip = clip
+
+    def forward(self, batch):
+        return self.clip.encode_image(batch["image"]), self.clip.encode_text(batch["tokens"])  # 2 × (B, D)
+
+    def loss(self, images, texts):
+        return info_nce(images, texts, self.clip.logit_scale)
+
+    def guessing(self, batch):
+        return 2 * math.log(batch)
+
+    def report(self):
+        return {"temperature": self.clip.logit_scale.neg().exp().item()}
+
+    def flops(self):
+        return 3 * (self.clip.visual.flops() + self.clip.transformer.flops(self.clip.context_length))
+
+
+class PairSamples:
+    """Image-caption pairs, few enough to stay in memory: sample i is a picture and one of its captions."""
+    paths = ()
+
+    def __init__(self, clips, tokenizer, image_size):
+        self.images = torch.stack([load_image(clip.frames[0], image_size) for clip in clips])   # (N, 3, R, R)
+        self.tokens = [tokenizer(clip.captions) for clip in clips]                              # N × (captions, L)
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def read(self, i, rng):
+        return {"image": self.images[i], "tokens": self.tokens[i][rng.integers(len(self.tokens[i]))]}
+
+
+def make_toy_world(clip, device):
+    """Make data/toy, and train the toy's CLIP on its image-caption pairs unless it is there or `clip` is another."""
+    if ranks()[0] == 0 and not Path("data/toy").exists():
+        make_toy("data/toy")
+    barrier()
+    if clip != TOY.clip or Path(clip).exists():
+        return
+    torch.manual_seed(TOY_CLIP.seed)
+    tokenizer = Tokenizer(TOY.vocab, context_length=16)
+    pairs = read_index("data/toy/pairs.jsonl", need=("frames", "captions"))
+    val = read_index("data/toy/val.jsonl", need=("frames", "captions", "labels"))
+    learner = ClipLearner(CLIP(image_size=64, patch=16, vision_width=128, vision_layers=3, context_length=16,
+                               vocab_size=tokenizer.vocab_size, text_width=128, text_layers=1, output_dim=64))
+
+    def validate(learner):
+        images, _ = embed_all([c.frames[1] for c in val], partial(load_image, size=64), learner.clip.encode_image,
+                              64, device)
+        texts, _ = embed_all([c.captions[0] for c in val], lambda text: tokenizer([text])[0], learner.clip.encode_text,
+                             64, device)
+        return {f"image->text {k}": v for k, v in top1(images, texts, [c.id for c in val]).items()}
+
+    identity = {"stage": "toy-clip", "data": digest_of(pairs)}
+    train(learner, PairSamples(pairs, tokenizer, 64), TOY_CLIP, identity, validate, device)
+    if ranks()[0] == 0:
+        save_checkpoint(clip, learner.clip.state_dict())
+    barrier()
 
 
 # ------------------------------------------------------------------------------------- stage 1
@@ -846,19 +921,20 @@ def training_clips(folder, leave_out):
 
     Raises FileNotFoundError, ValueError (no clip is left).
     """
-    listed = read_split("audioset", folder, "train", need=("audio",))
+    listed = read_split("audioset", folder, "train")
     clips = [clip for clip in listed if clip.audio and clip.frames]
     if not clips:
         raise ValueError(f"{folder}: not one of {len(listed)} clips has sound and frames; python data.py extract makes "
                          f"them from videos")
     held_out = held_out_by_audiocaps(clips, leave_out) if leave_out != "none" else [False] * len(clips)
-    if all(held_out):
+    count = len(clips) - sum(held_out)
+    if not count:
         raise ValueError(f"{folder}: every clip is in AudioCaps' val or test set ({leave_out}); --leave-out none "
                          f"trains on them")
     if ranks()[0] == 0 and leave_out != "none":
         print(f"{folder}: {sum(held_out)} clips left out, for AudioCaps' val and test sets hold them ({leave_out})")
-    if ranks()[0] == 0 and len(clips) - sum(held_out) < len(listed):
-        print(f"{folder}: {len(clips) - sum(held_out)} of {len(listed)} clips train")
+    if ranks()[0] == 0 and count < len(listed):
+        print(f"{folder}: {count} of {len(listed)} clips train")
     return clips, [not held for held in held_out]
 
 
@@ -869,29 +945,53 @@ def second_frames(clips, bank):
     return torch.from_numpy(bank.embeddings[np.concatenate(rows)].astype(np.float32)), has
 
 
-def make_toy_clip(clip, device):
-    """Train the toy's CLIP on the toy's image-caption pairs and leave its weights at `clip`, unless they are there."""
-    if Path(clip).exists():
-        return
-    torch.manual_seed(TOY_CLIP.seed)
-    tokenizer = Tokenizer(TOY.vocab, context_length=16)
-    pairs = read_index("data/toy/pairs.jsonl", need=("frames", "captions"))
-    val = read_index("data/toy/val.jsonl", need=("frames", "captions", "labels"))
-    learner = ClipLearner(CLIP(image_size=64, patch=16, vision_width=128, vision_layers=3, context_length=16,
-                               vocab_size=tokenizer.vocab_size, text_width=128, text_layers=1, output_dim=64))
+def frame_retrieval(clips, bank, device, workers):
+    """(learner) -> how well clips' second frames find their sounds, in % (Fig. 5)."""
+    if not clips:
+        return lambda learner: {}
+    images, has_image = second_frames(clips, bank)
 
     def validate(learner):
-        images, _ = embed_all([c.frames[1] for c in val], partial(load_image, size=64), learner.clip.encode_image,
-                              64, device)
-        texts, _ = embed_all([c.captions[0] for c in val], lambda text: tokenizer([text])[0], learner.clip.encode_text,
-                             64, device)
-        return {f"image->text {k}": v for k, v in top1(images, texts, [c.id for c in val]).items()}
+        audio, heard = learner.embed([c.audio for c in clips], device, workers)
+        both = heard & has_image
+        if not both.any():
+            return {}
+        labels = [c.labels for c, use in zip(clips, both) if use]
+        return {f"image->audio {k}": v for k, v in top1(images[heard[has_image]], audio[both], labels).items()}
+    return validate
 
-    identity = {"stage": "toy-clip", "data": digest_of(pairs)}
-    train(learner, PairSamples(pairs, tokenizer, 64), TOY_CLIP, identity, validate, device)
-    if ranks()[0] == 0:
-        save_checkpoint(clip, learner.clip.state_dict())
-    barrier()
+
+def open_clip(name, device):
+    """CLIP by one of OpenAI's names, or by a path -> model, path of its weights. Raises as cached and load_clip do."""
+    weights = cached(name) if name in MODELS else name
+    return load_clip(weights, device), weights
+
+
+def pretrain(settings, device):
+    """VA pre-training (§3.2); leaves <out>/checkpoint.pt."""
+    folder = dataset_folder(settings.data)
+    clips, train_on = training_clips(folder, settings.leave_out)
+    val = [clip for clip in read_split("audioset", folder, "val") if clip.frames]
+    clip, weights = open_clip(settings.clip, device)
+    train_bank, val_bank = (frame_bank(folder / "banks" / f"{split}-{fingerprint(clip)}", some, clip, device,
+                                       settings.workers) for split, some in (("train", clips), ("val", val)))
+    torch.manual_seed(settings.seed)
+    start = audio_encoder_from_clip if settings.init == "clip" else blank_audio_encoder
+    encoder = start(clip, settings.frames, settings.mels, (settings.stride_time, settings.stride_mel))
+    learner = AudioLearner(encoder, settings.front_end).requires_grad_(True)
+    samples = AudioSamples(clips, [train_bank], sound_loader(folder, settings.front_end), train_on)
+    identity = {"stage": "pretrain", "data": digest_of([c for c, use in zip(clips, train_on) if use]),
+                "front_end": asdict(settings.front_end), "encoder": encoder.config,
+                "clip": clip_identity(clip, weights, settings.vocab)}
+    train(learner, samples, settings, identity, frame_retrieval(val, val_bank, device, settings.workers), device)
+
+
+def time_steps(settings, device):
+    """The paper's step on synthetic clips: its speed is in the log, nothing else is kept."""
+    encoder = VisionTransformer((settings.frames, settings.mels), 32, (settings.stride_time, settings.stride_mel),
+                                channels=1, width=768, layers=12, heads=12, output_dim=512)
+    train(AudioLearner(encoder, settings.front_end), RandomSamples(settings.front_end, 512), settings,
+          {"stage": "random", "data": ""}, None, device)
 
 
 def main():
@@ -899,56 +999,15 @@ def main():
     device = start_ranks()
     settings.check()
     if settings.data == "random":
-        encoder = VisionTransformer((settings.frames, settings.mels), 32, (settings.stride_time, settings.stride_mel),
-                                    channels=1, width=768, layers=12, heads=12, output_dim=512)
-        train(AudioLearner(encoder, settings.front_end), RandomSamples(settings.front_end, 512),
-              replace(settings, out=settings.out or "out/random"), {"stage": "random", "data": ""}, None, device)
+        time_steps(replace(settings, out=settings.out or "out/random"), device)
         return
     if settings.data == "toy":
-        if ranks()[0] == 0 and not Path("data/toy").exists():
-            make_toy("data/toy")
-        barrier()
-        if settings.clip == TOY.clip:
-            make_toy_clip(settings.clip, device)
-    folder = dataset_folder(settings.data)
-    out = settings.out or f"out/{folder.name}/pretrain{'-random' if settings.init == 'random' else ''}"
-    settings = replace(settings, out=out)
-    clips, train_on = training_clips(folder, settings.leave_out)
-    val = [clip for clip in read_split("audioset", folder, "val") if clip.frames]
-    weights = cached(settings.clip) if settings.clip in MODELS else settings.clip
-    clip = load_clip(weights, device)
-
-    def bank(name, clips):
-        return frame_bank(folder / "banks" / f"{name}-{fingerprint(clip)}", clips, clip, device, settings.workers)
-
-    train_bank, val_bank = bank("train", clips), bank("val", val)
-    torch.manual_seed(settings.seed)
-    start = audio_encoder_from_clip if settings.init == "clip" else blank_audio_encoder
-    encoder = start(clip, settings.frames, settings.mels, (settings.stride_time, settings.stride_mel))
-    learner = AudioLearner(encoder, settings.front_end)
-    for parameter in learner.parameters():
-        parameter.requires_grad_(True)
-    images, has_image = second_frames(val, val_bank)
-
-    def validate(learner):
-        """Image -> audio retrieval on the validation clips (Fig. 5)."""
-        audio, heard = embed_all([c.audio for c in val], learner.front_end.load,
-                                 lambda wave, length: learner.audio_encoder(learner.front_end(wave, length)),
-                                 images.shape[1], device, settings.workers)
-        both = heard & has_image
-        if not both.any():
-            return {}
-        return {f"image->audio {k}": v for k, v in top1(images[heard[has_image]], audio[both],
-                [c.labels for c, use in zip(val, both) if use]).items()}
-
-    identity = {"stage": "pretrain", "data": digest_of([c for c, use in zip(clips, train_on) if use]),
-                "front_end": asdict(settings.front_end), "encoder": encoder.config,
-                "clip": {"weights": str(Path(weights).resolve()), "vocab": str(Path(settings.vocab).resolve()),
-                         "fingerprint": fingerprint(clip)}}
-    samples = AudioSamples(clips, [train_bank], sound_loader(folder, settings.front_end), train_on)
-    train(learner, samples, settings, identity, validate, device)
+        make_toy_world(settings.clip, device)
+    run_name = "pretrain" if settings.init == "clip" else "pretrain-random"
+    settings = replace(settings, out=settings.out or f"out/{dataset_folder(settings.data).name}/{run_name}")
+    pretrain(settings, device)
     if ranks()[0] == 0 and settings.data == "toy":
-        flags = ["--task", "toy", "--checkpoint", f"{out}/checkpoint.pt"]
+        flags = ["--task", "toy", "--checkpoint", f"{settings.out}/checkpoint.pt"]
         print("\n$ python evaluate.py " + " ".join(flags), flush=True)
         alone = {name: value for name, value in os.environ.items() if name != "RANK"}  # not a rank of this run
         done = subprocess.run([sys.executable, Path(__file__).with_name("evaluate.py"), *flags], check=False, env=alone)

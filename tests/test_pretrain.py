@@ -95,6 +95,11 @@ def test_unreadable_frames_are_left_out_and_too_many_stop(clips, small_clip, tmp
         frame_bank(tmp_path / "b", none, clip, CPU, 0)
 
 
+def test_without_a_validation_clip_that_has_frames_nothing_is_validated(small_clip, tmp_path):
+    bank = frame_bank(tmp_path, [], load_clip(small_clip), CPU, 0)
+    assert bank.embeddings.shape == (0, 32) and pretrain.frame_retrieval([], bank, CPU, 0)(None) == {}
+
+
 # --------------------------------------------------------------------------- samples and order
 
 def test_every_clip_comes_once_an_epoch_in_a_new_order():
@@ -126,7 +131,7 @@ def test_all_chance_follows_from_seed_epoch_and_clip():
 
 def test_an_unreadable_clip_is_skipped_and_counted():
     sample = Draws(Counting(9, bad={4, 5}), seed=0)[0, 4]
-    assert sample["i"] == 6 and sample["skipped"] == 1 and sample["why"] == "clip 4: bad"
+    assert sample["i"] == 6 and sample["skipped"] == "clip 4: bad" and Draws(Counting(9), seed=0)[0, 4]["skipped"] == ""
     with pytest.raises(ValueError, match="not one of 2 clips in a row can be read"):
         Draws(Counting(2, bad={0, 1}), seed=0)[0, 0]
 
