@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from clip_load import Tokenizer, fingerprint
+from clip_load import Tokenizer, cached, fingerprint, load_clip
 from data import (
     CLASS_NAMES,
     Claim,
@@ -43,7 +43,6 @@ from pretrain import (
     Training,
     barrier,
     frame_bank,
-    open_clip,
     parse,
     ranks,
     setting,
@@ -309,7 +308,7 @@ def mined_captions(settings, folder, device):
     source, banks = settings.source, folder / "banks"
     pool = caption_pool(source, folder)
     clips, train_on = training_clips(folder, settings.leave_out)
-    clip, _ = open_clip(settings.clip, device)
+    clip = load_clip(cached(settings.clip), device)
     tokenizer, name = Tokenizer(settings.vocab, clip.context_length), fingerprint(clip)
     frames = frame_bank(banks / f"train-{name}", clips, clip, device, settings.workers)
     texts = [f"{PROMPTS[source]} {caption}" for caption in pool]

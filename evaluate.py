@@ -351,7 +351,7 @@ def classification(model, name, folder):
 def audioset(model, folder):
     """AudioSet's eval set: mean average precision over its classes, each clip with several (Table 4)."""
     used = {label for clip in read_split("audioset", folder, need=()) for label in clip.labels}
-    labels = list(class_names(folder).values()) if (folder / CLASS_NAMES).exists() else sorted(used)
+    labels = list(class_names(folder).values()) or sorted(used)
     if strange := used - set(labels):
         raise ValueError(f"{folder}: a clip's label {min(strange)!r} is not in {CLASS_NAMES}")
     clips, protocol, audio = load(model, "audioset", folder, ("audio", "labels"))

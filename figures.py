@@ -158,10 +158,11 @@ def grid(path, clips, patch=32, stride=(16, 24)):
 
 def similarity(path, model, clips, texts):
     """Cosines of every sound with every text, before training (CLIP's eye, listening) and after."""
-    after, heard = model.audio(clips)
+    paths = [clip.audio for clip in clips]
+    after, heard = model.embed("audio", paths)
     trained, config = model.encoder, model.encoder.config
     model.encoder, model.known = audio_encoder_from_clip(model.clip, *config["input_size"], config["stride"]), {}
-    before, _ = model.audio(clips)
+    before, _ = model.embed("audio", paths)
     model.encoder, model.known = trained, {}
     targets = model.texts(texts)[heard]                                               # (N, D)
     figure = blank_figure(9, 4.6)
@@ -177,7 +178,7 @@ def similarity(path, model, clips, texts):
 
 def retrieval(path, model, clips, texts, count=6):
     """What is found for sounds spread evenly over the set, not chosen: the sound, its frame, the nearest five texts."""
-    audio, heard = model.audio(clips)
+    audio, heard = model.embed("audio", [clip.audio for clip in clips])
     cosines = audio @ model.texts(texts).T                                            # (N, N)
     shown = heard.nonzero().flatten()
     shown = shown[torch.linspace(0, len(shown) - 1, min(count, len(shown))).round().long()].tolist()

@@ -234,9 +234,7 @@ def retrieval_validation(clips, clip, tokenizer, device, workers):
     texts = texts.view(len(clips), -1, texts.shape[1])                                        # (N, captions, D)
 
     def validate(learner):
-        audio, heard = embed_all([c.audio for c in clips], learner.front_end.load,
-                                 lambda wave, length: learner.audio_encoder(learner.front_end(wave, length)),
-                                 texts.shape[2], device, workers)
+        audio, heard = learner.embed([c.audio for c in clips], device, workers)
         if not heard.any():
             return {}
         metrics = retrieval_metrics(audio[heard], texts[heard].flatten(0, 1), texts.shape[1])
@@ -387,7 +385,7 @@ def rounds_of(settings):
             if not clips:
                 raise ValueError(f"{folder}: not one clip of its {split} split has sound and labels")
         used = {label for clips in sets for clip in clips for label in clip.labels}
-        labels = list(class_names(folder).values()) if (folder / CLASS_NAMES).exists() else sorted(used)
+        labels = list(class_names(folder).values()) or sorted(used)
         if used - set(labels):
             raise ValueError(f"{folder}: a clip's label {min(used - set(labels))!r} is not in {CLASS_NAMES}")
         return folder, labels, {"eval": sets}

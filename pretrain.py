@@ -38,13 +38,12 @@ from tqdm import tqdm
 
 from clip_load import (
     BROKEN,
-    CACHE,
-    MODELS,
-    VOCABULARY,
+    VOCABULARY_PATH,
     Tokenizer,
     audio_encoder_from_clip,
     blank_audio_encoder,
     cached,
+    clip_identity,
     fingerprint,
     load_clip,
 )
@@ -81,7 +80,7 @@ class Training:
     """What every training has to settle; defaults are the paper's VA pre-training (Table 5)."""
     out: str = setting("", "folder of checkpoint and log; empty: named after what is trained", free=True)
     clip: str = setting("ViT-B/32", "one of OpenAI's names, or a path to weights")
-    vocab: str = setting(str(CACHE / VOCABULARY.rsplit("/", 1)[1]), "the tokenizer's vocabulary", free=True)
+    vocab: str = setting(str(VOCABULARY_PATH), "the tokenizer's vocabulary", free=True)
     seed: int = setting(0, "fixes weights, order, frames and masks")
     sample_rate: int = setting(FrontEnd.sample_rate, "Hz; audio is resampled to it")
     mels: int = setting(FrontEnd.mels, "mel bins")
@@ -566,12 +565,6 @@ def digest_of(clips):
     return hashlib.sha256("\n".join(map(repr, clips)).encode()).hexdigest()[:16]
 
 
-def clip_identity(clip, weights, vocab):
-    """How a checkpoint names the CLIP that made its targets; weights, vocab: paths."""
-    return {"weights": str(Path(weights).resolve()), "vocab": str(Path(vocab).resolve()),
-            "fingerprint": fingerprint(clip)}
-
-
 def decisive(settings, made_of):
     """What a run's result follows from: its settings, and out of its identity or checkpoint the data and weights."""
     return settings | {"index": made_of.get("data"), "samples": made_of.get("samples"),
@@ -961,18 +954,13 @@ def frame_retrieval(clips, bank, device, workers):
     return validate
 
 
-def open_clip(name, device):
-    """CLIP by one of OpenAI's names, or by a path -> model, path of its weights. Raises as cached and load_clip do."""
-    weights = cached(name) if name in MODELS else name
-    return load_clip(weights, device), weights
-
-
 def pretrain(settings, device):
     """VA pre-training (§3.2); leaves <out>/checkpoint.pt."""
     folder = dataset_folder(settings.data)
     clips, train_on = training_clips(folder, settings.leave_out)
     val = [clip for clip in read_split("audioset", folder, "val") if clip.frames]
-    clip, weights = open_clip(settings.clip, device)
+    weights = cached(settings.clip)
+    clip = load_clip(weights, device)
     train_bank, val_bank = (frame_bank(folder / "banks" / f"{split}-{fingerprint(clip)}", some, clip, device,
                                        settings.workers) for split, some in (("train", clips), ("val", val)))
     torch.manual_seed(settings.seed)

@@ -40,12 +40,12 @@ PARTS = {
 
 SNIPPETS = {  # the code that README.md shows: file, its first line, its last
     "the front end": ("data.py", "x = fbank(floating(waves)", "return ((x - self.mean)"),
-    "the ear": ("clip_load.py", "encoder = blank_audio_encoder(clip, frames", "encoder.load_state_dict(state)"),
+    "the ear": ("clip_load.py", "encoder = blank_audio_encoder(clip, frames", "return inherit(encoder, state"),
     "the loss": ("model.py", "a, b = F.normalize(a.float()", "+ F.cross_entropy(scale * b"),
-    "the step": ("pretrain.py", "factor = settings.lr_factor", "optimizer.zero_grad()"),
+    "the step": ("pretrain.py", "for group in optimizer.param_groups:", "optimizer.zero_grad()"),
     "the captions": ("curate.py", "best = {}", "return order, [best"),
-    "the start": ("finetune.py", "learner = AudioLearner(encoder, front_end)", "learner.requires_grad_(True)"),
-    "the ranks": ("evaluate.py", "owner = torch.arange(len(captions))", "return a2t, (similarity"),
+    "the start": ("finetune.py", "learner = AudioLearner(encoder, front_end)", "learner.log_scale.data.copy_"),
+    "the ranks": ("evaluate.py", "similarity = (audio @ captions.T)", "return a2t, (similarity"),
 }
 
 
