@@ -141,7 +141,7 @@ def test_mined_captions_are_those_that_clip_likes_best(run, flags, world, small_
     assert all(row["scores"] == sorted(row["scores"], reverse=True) for row in rows)
     with Image.open(world / "ac.png") as sheet:
         assert sheet.height > 300
-    bank = next((world / "banks").glob("ac-*")) / "embeddings.npy"
+    bank = next((world / "banks").glob("ac-[0-9a-f]*")) / "embeddings.npy"
     frames = next((world / "banks").glob("train-*")) / "embeddings.npy"
     cosines = np.load(frames)[:4].astype(np.float64) @ np.load(bank).astype(np.float64).T  # of the first clip's frames
     assert rows[0]["captions"][0] == pool[cosines.max(0).argmax()]
