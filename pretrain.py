@@ -973,8 +973,9 @@ def pretrain(settings, device):
     clips, train_on = training_clips(folder, settings.leave_out)
     val = [clip for clip in read_split("audioset", folder, "val") if clip.frames]
     clip, weights = open_clip(settings.clip, device)
-    train_bank, val_bank = (frame_bank(folder / "banks" / f"{split}-{fingerprint(clip)}", some, clip, device,
-                                       settings.workers) for split, some in (("train", clips), ("val", val)))
+    banks, name = folder / "banks", fingerprint(clip)
+    train_bank = frame_bank(banks / f"train-{name}", clips, clip, device, settings.workers)
+    val_bank = frame_bank(banks / f"val-{name}", val, clip, device, settings.workers)
     torch.manual_seed(settings.seed)
     start = audio_encoder_from_clip if settings.init == "clip" else blank_audio_encoder
     encoder = start(clip, settings.frames, settings.mels, (settings.stride_time, settings.stride_mel))
@@ -988,6 +989,7 @@ def pretrain(settings, device):
 
 def time_steps(settings, device):
     """The paper's step on synthetic clips: its speed is in the log, nothing else is kept."""
+    torch.manual_seed(settings.seed)
     encoder = VisionTransformer((settings.frames, settings.mels), 32, (settings.stride_time, settings.stride_mel),
                                 channels=1, width=768, layers=12, heads=12, output_dim=512)
     train(AudioLearner(encoder, settings.front_end), RandomSamples(settings.front_end, 512), settings,
