@@ -961,8 +961,9 @@ def pretrain(settings, device):
     val = [clip for clip in read_split("audioset", folder, "val") if clip.frames]
     weights = cached(settings.clip)
     clip = load_clip(weights, device)
-    train_bank, val_bank = (frame_bank(folder / "banks" / f"{split}-{fingerprint(clip)}", some, clip, device,
-                                       settings.workers) for split, some in (("train", clips), ("val", val)))
+    banks, made_with = folder / "banks", clip_identity(clip, weights, settings.vocab)
+    train_bank = frame_bank(banks / f"train-{made_with['fingerprint']}", clips, clip, device, settings.workers)
+    val_bank = frame_bank(banks / f"val-{made_with['fingerprint']}", val, clip, device, settings.workers)
     torch.manual_seed(settings.seed)
     start = audio_encoder_from_clip if settings.init == "clip" else blank_audio_encoder
     encoder = start(clip, settings.frames, settings.mels, (settings.stride_time, settings.stride_mel))
@@ -970,12 +971,13 @@ def pretrain(settings, device):
     samples = AudioSamples(clips, [train_bank], sound_loader(folder, settings.front_end), train_on)
     identity = {"stage": "pretrain", "data": digest_of([c for c, use in zip(clips, train_on) if use]),
                 "front_end": asdict(settings.front_end), "encoder": encoder.config,
-                "clip": clip_identity(clip, weights, settings.vocab)}
+                "clip": made_with}
     train(learner, samples, settings, identity, frame_retrieval(val, val_bank, device, settings.workers), device)
 
 
 def time_steps(settings, device):
     """The paper's step on synthetic clips: its speed is in the log, nothing else is kept."""
+    torch.manual_seed(settings.seed)
     encoder = VisionTransformer((settings.frames, settings.mels), 32, (settings.stride_time, settings.stride_mel),
                                 channels=1, width=768, layers=12, heads=12, output_dim=512)
     train(AudioLearner(encoder, settings.front_end), RandomSamples(settings.front_end, 512), settings,

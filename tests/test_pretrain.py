@@ -223,9 +223,13 @@ def test_slices_hold_activations_of_so_many_samples_only():
 
 def test_the_papers_step_is_timed_without_a_file(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    done = run("pretrain.py", "--data", "random", "--frames", 100, "--mels", 32, "--sample-rate", 16_000, "--batch", 2,
-               "--steps", 2, "--log-every", 1, "--workers", 1, "--stride-time", 32)
-    lines = [json.loads(line) for line in (tmp_path / "out/random/log.jsonl").read_text().splitlines()]
+    command = ["pretrain.py", "--data", "random", "--frames", 100, "--mels", 32, "--sample-rate", 16_000, "--batch", 2,
+               "--steps", 2, "--log-every", 1, "--workers", 1, "--stride-time", 32]
+    done = run(*command)
+    run(*command, "--out", "again")
+    lines, again = ([json.loads(line) for line in (tmp_path / out / "log.jsonl").read_text().splitlines()]
+                    for out in ("out/random", "again"))
+    assert [line["loss"] for line in lines[1:]] == [line["loss"] for line in again[1:]]  # --seed fixes all chance
     assert [line["step"] for line in lines[1:]] == [1, 2] and lines[2]["clips_per_second"] > 0 and "MFU" in done.stdout
     assert not (tmp_path / "out/random/checkpoint.pt").exists()
 
