@@ -203,7 +203,7 @@ def fill(text):
         if match[1] not in made:
             return match[0]
         inner = made[match[1]]
-        around = "\n" if "\n" in match[2] or inner.startswith(("```", "|")) else ""
+        around = "\n" if "\n" in inner else ""
         return f"<!-- {match[1]} -->{around}{inner}{around}<!-- end -->"
 
     return re.sub(r"<!-- ([\w' ]+) -->(.*?)<!-- end -->", anew, text, flags=re.DOTALL)
