@@ -293,7 +293,7 @@ def read_index(path, need=("audio",)):
     """
     path, clips = Path(path), []
     names = class_names(path.parent)
-    with reading(path, "UTF-8 text", "no such index. README.md, 'Index', says what it holds") as file:
+    with reading(path, "UTF-8 text", "no such index. README.md, 'Your own sounds', says what it holds") as file:
         for number, line in enumerate(file, 1):
             try:
                 if line.strip():

@@ -1,6 +1,7 @@
 """What the tests share: a small world in the real formats, a small CLIP with OpenAI's keys, real processes."""
 import os
 import resource
+import signal
 import subprocess
 import sys
 from fractions import Fraction
@@ -51,6 +52,14 @@ def small_clip(world, tmp_path_factory):
     return path
 
 
+def as_in_a_terminal(largest_file=None):
+    """Before a process starts: Ctrl-C works, though a background shell runs the tests. largest_file: in bytes, after
+    which the disk counts as full."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if largest_file:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+
+
 @pytest.fixture(scope="session")
 def run():
     """Run a script of the project as a user would; returns the finished process with its output as text."""
@@ -60,8 +69,7 @@ def run():
         command = [sys.executable, *launcher, str(ROOT / script), *flags]
         options = {"env": os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | (env or {}), "text": True,
                    "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": cwd}
-        if largest_file:  # bytes, after which the disk counts as full
-            options["preexec_fn"] = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (largest_file, largest_file))
+        options["preexec_fn"] = partial(as_in_a_terminal, largest_file)
         if start:
             return subprocess.Popen(command, **options | {"stdout": subprocess.DEVNULL})
         done = subprocess.run(command, **options, timeout=300, check=False)

@@ -120,11 +120,9 @@ def ladder():
     (_, lines, _), (_, curve, _), (_, fit, _) = outputs("ladder")
     begin = next(i for i, line in enumerate(lines) if line.startswith("the toy world, "))
     end = next(i for i, line in enumerate(lines) if line.startswith("Fig. 5"))
-    minutes = re.search(r"; ([\d.]+) min", lines[begin])[1]
     by_epoch = "; ".join(re.sub(r": image->audio precision@1 by epoch: ", " ", line) for line in curve if "by epoch" in line)
     line = next(line for line in fit if "log2" in line).strip()
     return {"ladder": f"{code(lines[begin + 1:end])}",
-            "ladder's time": f"{float(minutes):.0f} minutes",
             "fig 5 and 7": f"Image-to-audio precision@1 after each epoch, seed 0: {by_epoch}.\nThree seeds: {line}."}
 
 

@@ -12,7 +12,7 @@ import time
 
 import pytest
 import readme
-from conftest import ROOT
+from conftest import ROOT, as_in_a_terminal
 
 from toy import make_toy
 
@@ -51,7 +51,7 @@ def start(command, folder):
     home = {"HOME": str(folder), "TMPDIR": str(folder), "PATH": "", "https_proxy": "http://127.0.0.1:9",
             "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen([sys.executable, *words], cwd=folder, env=home, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE)
+                            stderr=subprocess.PIPE, preexec_fn=as_in_a_terminal)
 
 
 def test_there_are_commands_of_every_script():
