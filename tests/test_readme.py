@@ -50,8 +50,8 @@ def start(command, folder):
     words = [str(ROOT / word) if word.endswith(".py") else word for word in words]
     home = {"HOME": str(folder), "TMPDIR": str(folder), "PATH": "", "https_proxy": "http://127.0.0.1:9",
             "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen([sys.executable, *words], cwd=folder, env=home, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, preexec_fn=as_in_a_terminal)
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": as_in_a_terminal}
+    return subprocess.Popen([sys.executable, *words], cwd=folder, env=home, **options)
 
 
 def test_there_are_commands_of_every_script():
