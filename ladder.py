@@ -66,15 +66,16 @@ def folder_of(row):
 
 def climb(ladder, seed):
     """All rows with one seed -> {row: {metric: %}}."""
-    out, results = Path(ladder.out) / f"seed{seed}", {}
+    out, results, curated = Path(ladder.out) / f"seed{seed}", {}, set()
     for row, (source, *flags) in ROWS.items():
         place = out / folder_of(row)
         if not (place / "toy.json").exists():
             script = ["pretrain.py", "--data", "toy"]
             if source:
                 script = ["finetune.py", "--data", "toy", "--init", out / "vip-AnT/checkpoint.pt", "--source", source]
-                if not Path(f"data/toy/{source}.jsonl").exists():
+                if source not in curated:  # what is there may have been made with other flags; mining is not repeated
                     command("curate.py", "--data", "toy", "--source", source)
+                    curated.add(source)
             command(*script, *flags, "--seed", seed, "--out", place)
             if source:  # pre-training has measured itself
                 command("evaluate.py", "--task", "toy", "--checkpoint", place / "checkpoint.pt", "--clip", TOY.clip,
