@@ -421,7 +421,7 @@ def import_vipant(path, clip, mels=128, stride=(16, 24)):
 
 def import_theirs(theirs, ours, clip, vocab):
     """Write a checkpoint of the authors' as one of ours; clip: a name of OpenAI's or a path."""
-    from pretrain import save_checkpoint, versions  # pretrain.py imports this file
+    from train import save_checkpoint, versions  # it imports this file
     weights = cached(clip)
     clip = load_clip(weights)
     content = import_vipant(theirs, clip)

@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from bank import barrier, frame_bank, ranks, shared_arrays, start_ranks, text_embeddings
 from clip_load import Tokenizer, cached, fingerprint, load_clip
 from data import (
     CLASS_NAMES,
@@ -38,19 +39,8 @@ from data import (
     write_whole,
 )
 from evaluate import blank_figure
-from pretrain import (
-    TOY,
-    Training,
-    barrier,
-    frame_bank,
-    parse,
-    ranks,
-    setting,
-    shared_arrays,
-    start_ranks,
-    text_embeddings,
-    training_clips,
-)
+from pretrain import TOY, training_clips
+from train import Training, parse, setting
 
 PROMPTS = {"ac": "the sound of", "fc": "a photo of", "vc": "a photo of"}  # put before a caption for mining (Table 2)
 PAPER_PAIRS = {"ac": 1_080_078, "fc": 1_224_621, "vc": 1_172_276, "rc": 44_118, "gl": 120_816, "gc": 44_118}

@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from bank import embed_all, ranks, start_ranks
 from clip_load import Tokenizer, fingerprint, lengthen, load_clip
 from data import (
     AUDIO,
@@ -53,15 +54,8 @@ from data import (
     write_whole,
     youtube_id,
 )
-from pretrain import (
-    audio_encoder_of,
-    embed_all,
-    load_checkpoint,
-    ranks,
-    start_ranks,
-    top1_hits,
-    versions,
-)
+from pretrain import top1_hits
+from train import audio_encoder_of, load_checkpoint, versions
 
 PROMPT = "the sound of"  # §4, "Prompting (usually) helps"
 PROMPTS = {"prompt": PROMPT, "no prompt": ""}

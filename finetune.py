@@ -7,7 +7,7 @@
     python finetune.py --head esc10                      # ... on a laptop: ESC-10 from scratch with a small encoder
     python finetune.py ladder                            # the toy world: every row of the tables, and the claims
 
-The loop is pretrain.py's; here are other targets (a bank of captions), another start (a checkpoint), and a head.
+The loop is train.py's; here are other targets (a bank of captions), another start (a checkpoint), and a head.
 
 B  clips on this rank     D  embedding     K  classes     N  clips
 """
@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bank import caption_bank, embed_all, frame_bank, ranks, start_ranks
 from clip_load import (
     Tokenizer,
     audio_encoder_from_clip,
@@ -44,21 +45,16 @@ from data import (
 from evaluate import average_precision, ranking, retrieval_metrics, save_json
 from model import VisionTransformer
 from prepare import sound_loader
-from pretrain import (
+from train import (
     AudioLearner,
     AudioSamples,
     Training,
     audio_encoder_of,
-    caption_bank,
     digest_of,
-    embed_all,
-    frame_bank,
     load_checkpoint,
     masked_input,
     parse,
-    ranks,
     setting,
-    start_ranks,
     train,
     versions,
 )

@@ -14,7 +14,8 @@ from pathlib import Path
 from data import Claim
 from evaluate import save_json, table
 from finetune import mean_and_spread
-from pretrain import TOY, setting, versions
+from pretrain import TOY
+from train import setting, versions
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The mathematics of vip-AnT: CLIP's two towers, the loss and the optimizer (§3, Appendix B).
 
 Nothing here is run by itself. `clip_load.py` fills these modules with OpenAI's weights and turns the
-visual tower into the audio encoder, `pretrain.py` trains that.
+visual tower into the audio encoder, `train.py` trains that.
 
 B  batch              H, W  height, width of an image; for audio: time frames T, mel bins F
 N  tokens             C     width of a Transformer

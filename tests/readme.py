@@ -42,7 +42,9 @@ SNIPPETS = {  # the code that README.md shows: file, its first line, its last
     "the front end": ("data.py", "x = fbank(floating(waves)", "return ((x - self.mean)"),
     "the ear": ("clip_load.py", "encoder = blank_audio_encoder(clip, frames", "return inherit(encoder, state"),
     "the loss": ("model.py", "a, b = F.normalize(a.float()", "+ F.cross_entropy(scale * b"),
-    "the step": ("pretrain.py", "for group in optimizer.param_groups:", "optimizer.zero_grad()"),
+    "the step": ("train.py", "for group in optimizer.param_groups:", "optimizer.zero_grad()"),
+    "the bank": ("bank.py", "rows, done = embeddings[rank::size]", "embed(items, read, encode, embeddings, state"),
+    "stage 1": ("pretrain.py", "start = audio_encoder_from_clip if", "samples = AudioSamples(clips, [train_bank]"),
     "the captions": ("curate.py", "best = {}", "return order, [best"),
     "the start": ("finetune.py", "learner = AudioLearner(encoder, front_end)", "learner.log_scale.data.copy_"),
     "the ranks": ("evaluate.py", "similarity = (audio @ captions.T)", "return a2t, (similarity"),
@@ -177,7 +179,8 @@ def snippets():
 
 def files():
     """Lines of code of each file, for the table of files."""
-    names = ["data", "clip_load", "model", "pretrain", "curate", "finetune", "evaluate", "figures", "prepare", "toy", "ladder"]
+    names = ["data", "clip_load", "model", "bank", "train", "pretrain", "curate", "finetune", "evaluate", "figures", "prepare",
+             "toy", "ladder"]
     counts = {name: len((ROOT / f"{name}.py").read_text().splitlines()) for name in names}
     return {f"lines of {name}": str(count) for name, count in counts.items()} | {
         "lines in all": f"{sum(counts.values()):,}"}

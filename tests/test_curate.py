@@ -80,16 +80,16 @@ def test_a_pool_smaller_than_k_is_taken_whole(tmp_path):
 
 DRIVER = """import sys, time
 sys.path.insert(0, {root!r})
-import curate, pretrain
+import bank, curate, data
 search = curate.top_captions
 def slowly(*args):
     time.sleep({pause})
     return search(*args)
 curate.top_captions = slowly
 def main():
-    pretrain.start_ranks()
+    bank.start_ranks()
     curate.mine({folder!r} + "/images.npy", {folder!r} + "/captions.npy", {out!r}, 10, rows=50)
-pretrain.run(main)
+data.run(main)
 """
 
 

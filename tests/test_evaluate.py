@@ -31,7 +31,8 @@ from evaluate import (
     windows,
     zero_shot,
 )
-from pretrain import save_checkpoint, top1_hits
+from pretrain import top1_hits
+from train import save_checkpoint
 
 
 def test_recall_by_hand():

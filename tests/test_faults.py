@@ -16,18 +16,11 @@ import pytest
 import torch
 from conftest import ROOT, flat, linked, make_video, tiny_language_model
 
+from bank import Bank, embed_all, frame_bank
 from clip_load import audio_encoder_from_clip, fingerprint, load_clip
 from data import FrontEnd, load_audio, new_array, read_index
 from finetune import Settings, starting_encoder
-from pretrain import (
-    AudioSamples,
-    Bank,
-    doubts,
-    embed_all,
-    frame_bank,
-    load_checkpoint,
-    save_checkpoint,
-)
+from train import AudioSamples, doubts, load_checkpoint, save_checkpoint
 
 CPU = torch.device("cpu")
 

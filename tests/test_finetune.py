@@ -9,6 +9,7 @@ import torch
 from conftest import flat
 
 import finetune
+from bank import caption_bank
 from clip_load import load_clip
 from data import Clip, FrontEnd, read_index
 from finetune import (
@@ -24,7 +25,7 @@ from finetune import (
     with_full_batch,
 )
 from model import VisionTransformer, info_nce
-from pretrain import AudioLearner, caption_bank, load_checkpoint, parse
+from train import AudioLearner, load_checkpoint, parse
 
 CPU = torch.device("cpu")
 

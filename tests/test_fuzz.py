@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import resource
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +27,11 @@ import curate
 import data
 import evaluate
 import prepare
-import pretrain
+from bank import Bank
 from clip_load import Tokenizer, import_vipant, load_clip
 from data import FrontEnd, Unreadable
 from model import CLIP, VisionTransformer
+from train import audio_encoder_of, load_checkpoint, save_checkpoint
 
 MEMORY, SECONDS = 2 ** 31, 30   # a file may take that much more memory than the process has, and that long
 TEXT = [b"..", b"/", b"../../etc/passwd", b"\0", b"NaN", b"1e999", b"-1", b'"', b",", b"\n", b"{", b"]", b"\\u0000",
@@ -191,15 +193,15 @@ def checkpoints(folder, world):
     front_end = FrontEnd(16_000, 32, 40, 0.0, 1.0)
     encoder = VisionTransformer((40, 32), 16, (8, 8), channels=1, width=64, layers=1, heads=1, output_dim=16)
     learner = {f"audio_encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
-    pretrain.save_checkpoint(folder / "checkpoint.pt", {
-        "stage": "pretrain", "encoder": encoder.config, "front_end": pretrain.asdict(front_end), "step": 1, "steps": 1,
+    save_checkpoint(folder / "checkpoint.pt", {
+        "stage": "pretrain", "encoder": encoder.config, "front_end": asdict(front_end), "step": 1, "steps": 1,
         "learner": learner | {"log_scale": torch.tensor(2.7)}, "settings": {}, "clip": {"fingerprint": "0"}})
     return [folder / "checkpoint.pt"]
 
 
 def read_checkpoint(path):
-    checkpoint = pretrain.load_checkpoint(path, ["pretrain"])
-    encoder, front_end = pretrain.audio_encoder_of(checkpoint, path)
+    checkpoint = load_checkpoint(path, ["pretrain"])
+    encoder, front_end = audio_encoder_of(checkpoint, path)
     return {name: tensor.tolist() for name, tensor in encoder.state_dict().items()}, front_end
 
 
@@ -237,7 +239,7 @@ def read_array(path):
         return content
     if not data.is_array(path, np.float16, (40, 16)):
         raise ValueError(f"{path}: made anew")
-    bank = pretrain.Bank(str(path), np.arange(40), np.arange(0, 41))
+    bank = Bank(str(path), np.arange(40), np.arange(0, 41))
     drawn = torch.stack([bank.draw(i, np.random.default_rng(0)) for i in range(40)])
     assert (drawn.norm(dim=1) - 1).abs().max() < 0.01
     return drawn

@@ -1,33 +1,19 @@
-"""Banks, the loop, checkpoints: resume equals uninterrupted, two ranks equal one, and nothing goes wrong quietly."""
+"""Whole runs: resume equals uninterrupted, two ranks equal one, and nothing goes wrong quietly."""
 import json
 import math
-import os
-import time
-from contextlib import nullcontext
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from conftest import flat, linked, small_pretraining
 
-import data
 import pretrain
+from bank import frame_bank
 from clip_load import audio_encoder_from_clip, load_clip
-from data import Unreadable, read_index
-from model import info_nce
-from pretrain import (
-    AudioLearner,
-    AudioSamples,
-    Draws,
-    Settings,
-    backward_in_slices,
-    batches,
-    frame_bank,
+from pretrain import Settings, top1
+from train import (
     load_checkpoint,
     parse,
-    second_frames,
-    top1,
 )
 
 CPU = torch.device("cpu")
@@ -49,91 +35,9 @@ def test_flags_override_a_preset_and_unknown_ones_fail(capsys):
     assert "--learning-rate" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------- banks
-
-@pytest.fixture
-def clips(world):
-    return read_index(world / "train.jsonl")[:20]
-
-
-def test_bank_holds_what_clip_says_of_each_frame(clips, small_clip, tmp_path):
-    clip = load_clip(small_clip)
-    bank = frame_bank(tmp_path, clips, clip, CPU, 0)
-    assert bank.embeddings.dtype == np.float16 and bank.embeddings.shape == (80, 32)
-    images = torch.stack([data.load_image(path, 64) for path in clips[7].frames])
-    expected = torch.nn.functional.normalize(clip.encode_image(images), dim=1)
-    assert (torch.tensor(bank.embeddings[bank.of(7)].astype(np.float32)) - expected).abs().max() < 1e-3
-    assert torch.allclose(second_frames(clips, bank)[0][7], expected[1], atol=1e-3)
-
-
-def test_bank_is_reused_rebuilt_and_carried_on(clips, small_clip, tmp_path, monkeypatch):
-    read, clip = [], load_clip(small_clip)
-    monkeypatch.setattr(pretrain, "load_image", lambda path, size: read.append(path) or data.load_image(path, size))
-    frame_bank(tmp_path, clips, clip, CPU, 0)
-    frame_bank(tmp_path, clips, clip, CPU, 0)
-    assert len(read) == 80                                           # nothing changed: read once
-    os.utime(clips[3].frames[0], ns=(1, time.time_ns()))
-    frame_bank(tmp_path, clips, clip, CPU, 0)
-    assert len(read) == 160                                          # a file changed
-    with torch.no_grad():
-        clip.visual.proj += 1
-    whole = np.array(frame_bank(tmp_path, clips, clip, CPU, 0).embeddings)
-    assert len(read) == 240                                          # the weights changed
-    state = np.load(tmp_path / "state.npy", mmap_mode="r+")
-    state[30:] = 0                                                   # as a kill leaves it
-    state.flush()
-    assert np.array_equal(frame_bank(tmp_path, clips, clip, CPU, 0).embeddings, whole)
-    assert len(read) == 240 + 50
-
-
-def test_unreadable_frames_are_left_out_and_too_many_stop(clips, small_clip, tmp_path):
-    clip, gone = load_clip(small_clip), str(tmp_path / "gone.jpg")
-    some = [replace(c, frames=(gone, *c.frames[1:])) for c in clips]
-    assert [len(frame_bank(tmp_path / "a", some, clip, CPU, 0).of(i)) for i in range(20)] == [3] * 20
-    none = [replace(clips[0], frames=(gone,) * 4), *clips[1:]]
-    with pytest.raises(ValueError, match="1 of 20 clips have no readable frame"):
-        frame_bank(tmp_path / "b", none, clip, CPU, 0)
-
-
 def test_without_a_validation_clip_that_has_frames_nothing_is_validated(small_clip, tmp_path):
     bank = frame_bank(tmp_path, [], load_clip(small_clip), CPU, 0)
     assert bank.embeddings.shape == (0, 32) and pretrain.frame_retrieval([], bank, CPU, 0)(None) == {}
-
-
-# --------------------------------------------------------------------------- samples and order
-
-def test_every_clip_comes_once_an_epoch_in_a_new_order():
-    steps = list(batches(10, 2, 2, seed=0))
-    first, second = [i for batch in steps[:5] for _, i in batch], [i for batch in steps[5:] for _, i in batch]
-    assert sorted(first) == sorted(second) == list(range(10)) and first != second
-    assert list(batches(10, 2, 2, seed=0, start=3)) == steps[3:]     # a resumed run goes on with the same order
-
-
-class Counting:
-    """Samples of which some can't be read."""
-
-    def __init__(self, count, bad=()):
-        self.count, self.bad = count, bad
-
-    def __len__(self):
-        return self.count
-
-    def read(self, i, rng):
-        if i in self.bad:
-            raise Unreadable(f"clip {i}: bad")
-        return {"i": i, "chance": rng.random()}
-
-
-def test_all_chance_follows_from_seed_epoch_and_clip():
-    draws = Draws(Counting(9), seed=3)
-    assert draws[1, 4] == draws[1, 4] and draws[1, 4] != draws[2, 4] and draws[1, 4] != Draws(Counting(9), 4)[1, 4]
-
-
-def test_an_unreadable_clip_is_skipped_and_counted():
-    sample = Draws(Counting(9, bad={4, 5}), seed=0)[0, 4]
-    assert sample["i"] == 6 and sample["skipped"] == "clip 4: bad" and Draws(Counting(9), seed=0)[0, 4]["skipped"] == ""
-    with pytest.raises(ValueError, match="not one of 2 clips in a row can be read"):
-        Draws(Counting(2, bad={0, 1}), seed=0)[0, 0]
 
 
 def test_top1_by_hand():
@@ -193,32 +97,6 @@ def test_slices_of_a_batch_give_the_whole_batchs_gradients(run, pretrain_flags, 
     assert not torch.equal(whole["log_scale"], torch.tensor(math.log(1 / 0.07)))  # the temperature learns, too
     done = run("pretrain.py", *flat(pretrain_flags | {"--micro-batch": 5}), check=False)
     assert done.returncode == 1 and "can't be cut into such slices" in done.stderr
-
-
-def test_slices_hold_activations_of_so_many_samples_only():
-    class Recorder(torch.nn.Module):
-        """A linear encoder that writes down how many samples it saw at once, and whether it kept their activations."""
-
-        def __init__(self):
-            super().__init__()
-            self.encoder, self.log_scale, self.seen = torch.nn.Linear(5, 3), torch.nn.Parameter(torch.tensor(1.0)), []
-
-        def forward(self, batch):
-            self.seen.append((len(batch["x"]), torch.is_grad_enabled()))
-            return self.encoder(batch["x"]), batch["y"]
-
-        def loss(self, a, b):
-            return info_nce(a, b, self.log_scale)
-
-    learner, batch = Recorder(), {"x": torch.randn(12, 5), "y": torch.randn(12, 3)}
-    loss = learner.loss(*learner(batch))
-    loss.backward()
-    whole = [p.grad.clone() for p in learner.parameters()]
-    learner.zero_grad()
-    learner.seen.clear()
-    assert torch.allclose(backward_in_slices(learner, learner, batch, 4, nullcontext()), loss)
-    assert learner.seen == [(4, False)] * 3 + [(4, True)] * 3
-    assert all(torch.allclose(p.grad, g, atol=1e-6) for p, g in zip(learner.parameters(), whole))
 
 
 def test_the_papers_step_is_timed_without_a_file(run, tmp_path, monkeypatch):
@@ -295,27 +173,3 @@ def test_a_bare_machine_gets_one_clear_message(run, tmp_path, monkeypatch, ranks
     done = run("pretrain.py", ranks=ranks, check=False)
     assert done.returncode == 1 and "data/audioset: no such folder" in done.stderr and "--data toy" in done.stderr
     assert "SystemExit" not in done.stderr or ranks > 1
-
-
-def test_checkpoints_refuse_what_they_are_not(tmp_path, small_clip):
-    with pytest.raises(FileNotFoundError, match="no such checkpoint"):
-        load_checkpoint(tmp_path / "none.pt", ["pretrain"])
-    with pytest.raises(ValueError, match="not a checkpoint of ours"):
-        load_checkpoint(small_clip, ["pretrain"])
-    pretrain.save_checkpoint(tmp_path / "other.pt", {"stage": "toy-clip"})
-    with pytest.raises(ValueError, match="stage 'toy-clip'; needed here: pretrain or finetune"):
-        load_checkpoint(tmp_path / "other.pt", ["pretrain", "finetune"])
-    (tmp_path / "cut.pt").write_bytes(small_clip.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"cut\.pt: not a readable checkpoint"):
-        load_checkpoint(tmp_path / "cut.pt", ["pretrain"])
-
-
-def test_a_learner_gives_features_and_their_targets(world, small_clip, clips, tmp_path):
-    clip = load_clip(small_clip)
-    front_end = data.FrontEnd(16_000, 32, 60, -3.0, 4.0)
-    learner = AudioLearner(audio_encoder_from_clip(clip, 60, 32, (8, 8)), front_end)
-    samples = AudioSamples(clips, [frame_bank(tmp_path, clips, clip, CPU, 0)], front_end.load)
-    batch = torch.utils.data.default_collate([Draws(samples, 0)[0, i] for i in range(4)])
-    audio, targets = learner(batch)  # one kind of target: frames
-    assert audio.shape == (4, 32) and targets.shape == (4, 1, 32)
-    assert torch.allclose(targets.norm(dim=2), torch.ones(4, 1), atol=1e-3)

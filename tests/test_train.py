@@ -1,0 +1,103 @@
+"""What the loop is made of: the order of the samples, their chance, slices of a batch, checkpoints."""
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from bank import frame_bank
+from clip_load import audio_encoder_from_clip, load_clip
+from data import FrontEnd, Unreadable, read_index
+from model import info_nce
+from train import (
+    AudioLearner,
+    AudioSamples,
+    Draws,
+    backward_in_slices,
+    batches,
+    load_checkpoint,
+    save_checkpoint,
+)
+
+
+def test_every_clip_comes_once_an_epoch_in_a_new_order():
+    steps = list(batches(10, 2, 2, seed=0))
+    first, second = [i for batch in steps[:5] for _, i in batch], [i for batch in steps[5:] for _, i in batch]
+    assert sorted(first) == sorted(second) == list(range(10)) and first != second
+    assert list(batches(10, 2, 2, seed=0, start=3)) == steps[3:]     # a resumed run goes on with the same order
+
+
+class Counting:
+    """Samples of which some can't be read."""
+
+    def __init__(self, count, bad=()):
+        self.count, self.bad = count, bad
+
+    def __len__(self):
+        return self.count
+
+    def read(self, i, rng):
+        if i in self.bad:
+            raise Unreadable(f"clip {i}: bad")
+        return {"i": i, "chance": rng.random()}
+
+
+def test_all_chance_follows_from_seed_epoch_and_clip():
+    draws = Draws(Counting(9), seed=3)
+    assert draws[1, 4] == draws[1, 4] and draws[1, 4] != draws[2, 4] and draws[1, 4] != Draws(Counting(9), 4)[1, 4]
+
+
+def test_an_unreadable_clip_is_skipped_and_counted():
+    sample = Draws(Counting(9, bad={4, 5}), seed=0)[0, 4]
+    assert sample["i"] == 6 and sample["skipped"] == "clip 4: bad" and Draws(Counting(9), seed=0)[0, 4]["skipped"] == ""
+    with pytest.raises(ValueError, match="not one of 2 clips in a row can be read"):
+        Draws(Counting(2, bad={0, 1}), seed=0)[0, 0]
+
+
+def test_slices_hold_activations_of_so_many_samples_only():
+    class Recorder(torch.nn.Module):
+        """A linear encoder that writes down how many samples it saw at once, and whether it kept their activations."""
+
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.log_scale, self.seen = torch.nn.Linear(5, 3), torch.nn.Parameter(torch.tensor(1.0)), []
+
+        def forward(self, batch):
+            self.seen.append((len(batch["x"]), torch.is_grad_enabled()))
+            return self.encoder(batch["x"]), batch["y"]
+
+        def loss(self, a, b):
+            return info_nce(a, b, self.log_scale)
+
+    learner, batch = Recorder(), {"x": torch.randn(12, 5), "y": torch.randn(12, 3)}
+    loss = learner.loss(*learner(batch))
+    loss.backward()
+    whole = [p.grad.clone() for p in learner.parameters()]
+    learner.zero_grad()
+    learner.seen.clear()
+    assert torch.allclose(backward_in_slices(learner, learner, batch, 4, nullcontext()), loss)
+    assert learner.seen == [(4, False)] * 3 + [(4, True)] * 3
+    assert all(torch.allclose(p.grad, g, atol=1e-6) for p, g in zip(learner.parameters(), whole))
+
+
+def test_a_learner_gives_features_and_their_targets(world, small_clip, tmp_path):
+    clip, clips = load_clip(small_clip), read_index(world / "train.jsonl")[:20]
+    front_end = FrontEnd(16_000, 32, 60, -3.0, 4.0)
+    learner = AudioLearner(audio_encoder_from_clip(clip, 60, 32, (8, 8)), front_end)
+    samples = AudioSamples(clips, [frame_bank(tmp_path, clips, clip, torch.device("cpu"), 0)], front_end.load)
+    batch = torch.utils.data.default_collate([Draws(samples, 0)[0, i] for i in range(4)])
+    audio, targets = learner(batch)  # one kind of target: frames
+    assert audio.shape == (4, 32) and targets.shape == (4, 1, 32)
+    assert torch.allclose(targets.norm(dim=2), torch.ones(4, 1), atol=1e-3)
+
+
+def test_checkpoints_refuse_what_they_are_not(tmp_path, small_clip):
+    with pytest.raises(FileNotFoundError, match="no such checkpoint"):
+        load_checkpoint(tmp_path / "none.pt", ["pretrain"])
+    with pytest.raises(ValueError, match="not a checkpoint of ours"):
+        load_checkpoint(small_clip, ["pretrain"])
+    save_checkpoint(tmp_path / "other.pt", {"stage": "toy-clip"})
+    with pytest.raises(ValueError, match="stage 'toy-clip'; needed here: pretrain or finetune"):
+        load_checkpoint(tmp_path / "other.pt", ["pretrain", "finetune"])
+    (tmp_path / "cut.pt").write_bytes(small_clip.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"cut\.pt: not a readable checkpoint"):
+        load_checkpoint(tmp_path / "cut.pt", ["pretrain"])
