@@ -1,8 +1,7 @@
 """Embeddings that are made once and then only looked up: banks of what frozen CLIP says of frames and captions.
 
 CLIP never changes, so it runs once over the data; no training ever sees an image or a text. A bank is an array on
-disk, filled by all ranks together, and which of its rows belong to which clip. Here is also what it takes to be one
-of several ranks.
+disk, filled by all ranks together, and which of its rows belong to which clip.
 
 D  embedding     M  rows of a bank     N  clips or other items     B  a batch of them
 """
@@ -11,7 +10,6 @@ import json
 import os
 import sys
 from contextlib import contextmanager
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -23,47 +21,18 @@ from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
 from clip_load import fingerprint
-from data import (
+from data import Unreadable, load_image
+from processes import (
     Claim,
-    Unreadable,
+    barrier,
     is_array,
-    load_image,
     new_array,
+    ranks,
     stamp,
     worker_starts,
     write_whole,
 )
 
-# ------------------------------------------------------------------------------ ranks, devices
-
-def start_ranks():
-    """Join torchrun's process group if there is one: NCCL on GPUs, gloo on CPUs. Returns this rank's device."""
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        if local >= torch.cuda.device_count():
-            raise ValueError(f"{local + 1} processes on a machine with {torch.cuda.device_count()} GPU(s); lower "
-                             f"--nproc_per_node")
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-    if "RANK" in os.environ and not dist.is_initialized():
-        # the others wait while rank 0 looks at millions of files
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
-    return device
-
-
-def ranks():
-    """(rank, number of ranks); (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def barrier():
-    """Wait for the other ranks, if any."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
-# --------------------------------------------------------------------------------------- banks
 
 class Readable(torch.utils.data.Dataset):
     """Items read one by one for inference: row -> (row, tensors), or (row, None, why) where it can't be read."""

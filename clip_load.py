@@ -30,8 +30,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import FrontEnd, run
+from data import FrontEnd
 from model import CLIP, VisionTransformer
+from processes import run
 
 CACHE = Path.home() / ".cache" / "clip"
 ADDRESS = "https://openaipublic.azureedge.net/clip/models"

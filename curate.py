@@ -24,22 +24,20 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from bank import barrier, frame_bank, ranks, shared_arrays, start_ranks, text_embeddings
+from bank import frame_bank, shared_arrays, text_embeddings
 from clip_load import Tokenizer, cached, fingerprint, load_clip
-from data import (
+from evaluate import blank_figure
+from pretrain import TOY, training_clips
+from processes import Claim, barrier, ranks, run, start_ranks, write_whole
+from readers import (
     CLASS_NAMES,
-    Claim,
     add_labels,
     dataset_folder,
     read_coco_captions,
     read_index,
     read_segments,
     read_split,
-    run,
-    write_whole,
 )
-from evaluate import blank_figure
-from pretrain import TOY, training_clips
 from train import Training, parse, setting
 
 PROMPTS = {"ac": "the sound of", "fc": "a photo of", "vc": "a photo of"}  # put before a caption for mining (Table 2)

@@ -19,17 +19,10 @@ import torch
 from PIL import Image
 
 from clip_load import audio_encoder_from_clip
-from data import (
-    READERS,
-    FrontEnd,
-    dataset_folder,
-    load_audio,
-    mask,
-    read_split,
-    run,
-    write_whole,
-)
+from data import FrontEnd, load_audio, mask
 from evaluate import Model, blank_figure
+from processes import run, write_whole
+from readers import READERS, dataset_folder, read_split
 
 FROZEN, LEARNED = "#7a7a7a", "#c8382e"
 

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bank import caption_bank, embed_all, frame_bank, ranks, start_ranks
+from bank import caption_bank, embed_all, frame_bank
 from clip_load import (
     Tokenizer,
     audio_encoder_from_clip,
@@ -32,19 +32,19 @@ from clip_load import (
     fingerprint,
     load_clip,
 )
-from data import (
+from data import floating
+from evaluate import average_precision, ranking, retrieval_metrics, save_json
+from model import VisionTransformer
+from prepare import sound_loader
+from processes import ranks, run, start_ranks
+from readers import (
     CLASS_NAMES,
     READERS,
     class_names,
     dataset_folder,
-    floating,
     read_index,
     read_split,
-    run,
 )
-from evaluate import average_precision, ranking, retrieval_metrics, save_json
-from model import VisionTransformer
-from prepare import sound_loader
 from train import (
     AudioLearner,
     AudioSamples,

@@ -11,10 +11,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import Claim
 from evaluate import save_json, table
 from finetune import mean_and_spread
 from pretrain import TOY
+from processes import Claim
 from train import setting, versions
 
 

@@ -27,25 +27,16 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from data import (
+from data import FrontEnd, Silent, Unreadable, check_rate, load_audio, resample
+from processes import Claim, in_processes, new_array, stamp, write_whole
+from readers import (
     AUDIOSET_SPLITS,
     VIDEO,
-    Claim,
-    FrontEnd,
-    Silent,
-    Unreadable,
     by_video,
-    check_rate,
     class_names,
     files_of,
     find_files,
-    in_processes,
-    load_audio,
-    new_array,
     read_segments,
-    resample,
-    stamp,
-    write_whole,
 )
 
 # ------------------------------------------------------------------------- from videos to clips

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from bank import barrier, embed_all, frame_bank, ranks, start_ranks
+from bank import embed_all, frame_bank
 from clip_load import (
     Tokenizer,
     audio_encoder_from_clip,
@@ -30,16 +30,11 @@ from clip_load import (
     clip_identity,
     load_clip,
 )
-from data import (
-    dataset_folder,
-    held_out_by_audiocaps,
-    load_image,
-    read_index,
-    read_split,
-    run,
-)
+from data import load_image
 from model import CLIP, VisionTransformer, info_nce
 from prepare import sound_loader
+from processes import barrier, ranks, run, start_ranks
+from readers import dataset_folder, held_out_by_audiocaps, read_index, read_split
 from toy import make_toy
 from train import (
     AudioLearner,

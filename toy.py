@@ -22,7 +22,7 @@ import soundfile
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from data import Claim, in_processes
+from processes import Claim, in_processes
 
 SHAPES = {"circle": "hum", "square": "buzz", "triangle": "rasp", "star": "chirp", "cross": "hiss", "ring": "warble"}
 COLOURS = {  # colour -> its RGB, its pitch and that pitch's frequency in Hz

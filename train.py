@@ -27,10 +27,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from bank import barrier, embed_all, ranks
+from bank import embed_all
 from clip_load import BROKEN, VOCABULARY_PATH
-from data import Claim, FrontEnd, Unreadable, mask, stamp, worker_starts, write_whole
+from data import FrontEnd, Unreadable, mask
 from model import LARS, VisionTransformer, info_nce, parameter_groups, schedule
+from processes import Claim, barrier, ranks, stamp, worker_starts, write_whole
 
 # ------------------------------------------------------------------------------------ settings
 

@@ -22,9 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from torchaudio.compliance import kaldi
 
 import curate
-from data import FrontEnd, load_audio, mask, read_split
+from data import FrontEnd, load_audio, mask
 from model import LARS, VisionTransformer, info_nce, parameter_groups
 from prepare import pack, sound_loader
+from readers import read_split
 
 AUDIO = {"input_size": (1000, 128), "patch": 32, "stride": (16, 24), "channels": 1, "width": 768, "layers": 12,
          "heads": 12, "output_dim": 512}

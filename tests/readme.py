@@ -179,11 +179,11 @@ def snippets():
 
 def files():
     """Lines of code of each file, for the table of files."""
-    names = ["data", "clip_load", "model", "bank", "train", "pretrain", "curate", "finetune", "evaluate", "figures", "prepare",
-             "toy", "ladder"]
-    counts = {name: len((ROOT / f"{name}.py").read_text().splitlines()) for name in names}
+    lesson = ["data", "clip_load", "model", "bank", "train", "pretrain", "curate", "finetune", "evaluate"]
+    counts = {path.stem: len(path.read_text().splitlines()) for path in ROOT.glob("*.py")}
     return {f"lines of {name}": str(count) for name, count in counts.items()} | {
-        "lines in all": f"{sum(counts.values()):,}"}
+        "lines in all": f"{sum(counts.values()):,}",
+        "lines of the lesson": f"{sum(counts[name] for name in lesson):,}"}
 
 
 def blocks():

@@ -11,8 +11,8 @@ import bank
 import data
 from bank import frame_bank
 from clip_load import load_clip
-from data import read_index
 from pretrain import second_frames
+from readers import read_index
 
 CPU = torch.device("cpu")
 

@@ -15,7 +15,7 @@ from PIL import Image
 import curate
 from clip_load import load_clip
 from curate import Generation, caption_pool, clean, generate, mine, top_captions, union
-from data import read_index
+from readers import read_index
 
 
 def unit(count, dimensions, seed):
@@ -80,16 +80,16 @@ def test_a_pool_smaller_than_k_is_taken_whole(tmp_path):
 
 DRIVER = """import sys, time
 sys.path.insert(0, {root!r})
-import bank, curate, data
+import curate, processes
 search = curate.top_captions
 def slowly(*args):
     time.sleep({pause})
     return search(*args)
 curate.top_captions = slowly
 def main():
-    bank.start_ranks()
+    processes.start_ranks()
     curate.mine({folder!r} + "/images.npy", {folder!r} + "/captions.npy", {out!r}, 10, rows=50)
-data.run(main)
+processes.run(main)
 """
 
 

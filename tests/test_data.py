@@ -12,21 +12,17 @@ from PIL import Image
 from torchaudio.compliance import kaldi
 
 from data import (
-    Clip,
     FrontEnd,
     Unreadable,
-    dataset_folder,
     fbank,
-    is_array,
     load_audio,
     load_image,
     mask,
-    new_array,
     preprocess_image,
-    read_index,
-    read_split,
 )
 from prepare import pack, sound_loader
+from processes import is_array, new_array
+from readers import Clip, dataset_folder, read_index, read_split
 from toy import THINGS, make_toy
 
 

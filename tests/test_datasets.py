@@ -16,22 +16,20 @@ import torch
 from conftest import FPS, RATE, ROOT, make_video
 from PIL import Image
 
-from data import (
-    FrontEnd,
-    Unreadable,
+from data import FrontEnd, Unreadable, load_audio
+from prepare import cut_audio, cut_frames, extract, statistics
+from processes import in_processes
+from readers import (
     by_video,
     files_of,
     find_files,
     held_out_by_audiocaps,
-    in_processes,
-    load_audio,
     read_coco_captions,
     read_index,
     read_segments,
     read_split,
     youtube_id,
 )
-from prepare import cut_audio, cut_frames, extract, statistics
 
 A, B, C = "--abcdefghi", "bcdefghij_k", "Ycdefghijkl"  # ids as YouTube makes them: dashes, underscores, a leading Y
 

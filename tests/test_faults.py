@@ -18,8 +18,10 @@ from conftest import ROOT, flat, linked, make_video, tiny_language_model
 
 from bank import Bank, embed_all, frame_bank
 from clip_load import audio_encoder_from_clip, fingerprint, load_clip
-from data import FrontEnd, load_audio, new_array, read_index
+from data import FrontEnd, load_audio
 from finetune import Settings, starting_encoder
+from processes import new_array
+from readers import read_index
 from train import AudioSamples, doubts, load_checkpoint, save_checkpoint
 
 CPU = torch.device("cpu")

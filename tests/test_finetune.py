@@ -11,7 +11,7 @@ from conftest import flat
 import finetune
 from bank import caption_bank
 from clip_load import load_clip
-from data import Clip, FrontEnd, read_index
+from data import FrontEnd
 from finetune import (
     PRESETS,
     HeadLearner,
@@ -25,6 +25,7 @@ from finetune import (
     with_full_batch,
 )
 from model import VisionTransformer, info_nce
+from readers import Clip, read_index
 from train import AudioLearner, load_checkpoint, parse
 
 CPU = torch.device("cpu")

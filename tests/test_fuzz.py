@@ -26,7 +26,10 @@ from PIL import Image
 import curate
 import data
 import evaluate
+import listen
 import prepare
+import processes
+import readers
 from bank import Bank
 from clip_load import Tokenizer, import_vipant, load_clip
 from data import FrontEnd, Unreadable
@@ -116,7 +119,7 @@ def published(folder, world):
     header = "file_name," + ",".join(f"caption_{i}" for i in range(1, 6))
     (folder / "clotho_captions_evaluation.csv").write_text(header + "\n" + "".join(
         f"{n}.wav," + ",".join(f'"caption {i}, of {n}"' for i in range(5)) + "\n" for n in range(9)))
-    (folder / data.CLASS_NAMES).write_text("index,mid,display_name\n0,/m/1,Speech\n1,/m/2,\"Dog, bark\"\n")
+    (folder / readers.CLASS_NAMES).write_text("index,mid,display_name\n0,/m/1,Speech\n1,/m/2,\"Dog, bark\"\n")
     return sorted(folder.iterdir())
 
 
@@ -128,8 +131,8 @@ def read_published(path):
     place.parent.mkdir(parents=True, exist_ok=True)
     path.rename(place)
     if name == "class":
-        return data.class_names(root)
-    clips = {"esc50": data.read_esc50, "UrbanSound8K": data.read_us8k, "clotho": data.read_clotho}[name](root)
+        return readers.class_names(root)
+    clips = {"esc50": readers.read_esc50, "UrbanSound8K": readers.read_us8k, "clotho": readers.read_clotho}[name](root)
     stays_inside(root, [clip.audio for clip in clips])
     return clips
 
@@ -148,7 +151,7 @@ def indexes(folder, world):
 
 
 def read_indexes(path):
-    clips = data.read_index(path, need=())
+    clips = readers.read_index(path, need=())
     stays_inside(path.parent, [place for clip in clips for place in (clip.audio, *clip.frames)])
     return clips
 
@@ -233,11 +236,11 @@ def arrays(folder, world):
 def read_array(path):
     """A bank is made anew where its array is another one; its rows are unit vectors; a search hears a file again."""
     if path.name == "heard.npy":
-        content = evaluate.remembered(path, 8)
+        content = listen.remembered(path, 8)
         if content is None:
             raise ValueError(f"{path}: heard anew")
         return content
-    if not data.is_array(path, np.float16, (40, 16)):
+    if not processes.is_array(path, np.float16, (40, 16)):
         raise ValueError(f"{path}: made anew")
     bank = Bank(str(path), np.arange(40), np.arange(0, 41))
     drawn = torch.stack([bank.draw(i, np.random.default_rng(0)) for i in range(40)])
@@ -246,7 +249,7 @@ def read_array(path):
 
 
 def packs(folder, world):
-    prepare.pack(folder, [data.Clip(str(i), path) for i, path in enumerate(map(str, sounds(folder, world)[:2]))], 16_000, 0)
+    prepare.pack(folder, [readers.Clip(str(i), path) for i, path in enumerate(map(str, sounds(folder, world)[:2]))], 16_000, 0)
     return [path for path in sorted((folder / "packed-16000").iterdir()) if path.suffix != ".i16"]
 
 
@@ -270,7 +273,7 @@ def videos(folder, world):
 
 
 def read_video(path):
-    segment = data.Segment(path.name[-15:].split(".")[0][-11:], 0.0, 2.5)
+    segment = readers.Segment(path.name[-15:].split(".")[0][-11:], 0.0, 2.5)
     status, reason = prepare.Extraction(path.parent / "out", 16_000, 48)((segment, [(True, str(path))]))
     if status not in ("done", "no pictures"):
         raise Unreadable(reason)
@@ -298,10 +301,10 @@ KINDS = {  # name -> (make, read, files to damage, whether what is accepted must
     "the same, whole": (sounds, whole_sound, 300, False),
     "pictures: JPEG, PNG, WebP, GIF": (pictures, read_picture, 500, False),
     "videos: MP4, MKV, AVI": (videos, read_video, 300, False),
-    "AudioSet's and AudioCaps' CSVs": (tables, data.read_segments, 500, False),
+    "AudioSet's and AudioCaps' CSVs": (tables, readers.read_segments, 500, False),
     "ESC-50's, UrbanSound8K's, Clotho's CSVs, class names": (published, read_published, 500, False),
     "indexes, ours and the authors'": (indexes, read_indexes, 600, False),
-    "MSCOCO's captions": (coco, lambda path: data.read_coco_captions(path.parent), 150, False),
+    "MSCOCO's captions": (coco, lambda path: readers.read_coco_captions(path.parent), 150, False),
     "vocabularies": (vocabularies, read_vocabulary, 150, True),
     "CLIP's weights": (clips, read_clip, 300, True),
     "CLIP's TorchScript archive": (scripts, read_clip, 300, True),

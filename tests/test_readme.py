@@ -28,14 +28,16 @@ NOT_RUN = {  # beginning of a command -> why it is not run here
 def commands():
     """All commands of the page, in its order, each once: from blocks of code and from code within sentences."""
     found = []
-    for block, span in re.findall(r"```\n(.*?)```|(?<!`)`([^`\n]+)`(?!`)", TEXT, re.DOTALL):
-        for line in (block or span).splitlines():
+    for language, block, span in re.findall(r"```(\w*)\n(.*?)```|(?<!`)`([^`\n]+)`(?!`)", TEXT, re.DOTALL):
+        for line in ("" if language else block or span).splitlines():
             line = line.split("  #")[0].strip().removeprefix("$ ").replace("${part}", "eval")
             found += [part.strip() for part in line.split("&&")]
     starts = ("python ", "torchrun ", "pip ", "git ", "ruff ")
     return list(dict.fromkeys(command for command in found if command.startswith(starts) and "…" not in command))
 
 
+IMPORTED = {f"{name}.py" for name in ("model", "bank", "train", "readers", "prepare", "toy", "ladder", "listen",
+                                          "processes")}  # no commands of their own
 COMMANDS = [command for command in commands() if not command.startswith(tuple(NOT_RUN))]
 LADDER = "python finetune.py ladder --seeds 3"
 ON_THE_TOY = [command for command in COMMANDS if command != LADDER
@@ -55,7 +57,7 @@ def start(command, folder):
 
 
 def test_there_are_commands_of_every_script():
-    scripts = {path.name for path in ROOT.glob("*.py")} - {"model.py", "prepare.py", "toy.py", "ladder.py"}  # these are only imported
+    scripts = {path.name for path in ROOT.glob("*.py")} - IMPORTED
     assert scripts == {word for command in COMMANDS for word in command.split() if word in scripts}
     assert len(COMMANDS) >= 30 and len(ON_THE_TOY) >= 10
 

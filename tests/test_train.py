@@ -6,8 +6,9 @@ import torch
 
 from bank import frame_bank
 from clip_load import audio_encoder_from_clip, load_clip
-from data import FrontEnd, Unreadable, read_index
+from data import FrontEnd, Unreadable
 from model import info_nce
+from readers import read_index
 from train import (
     AudioLearner,
     AudioSamples,
