@@ -33,6 +33,8 @@ from processes import (
     write_whole,
 )
 
+DONE, UNREADABLE = 1, 2  # state of a row; 0: to do
+
 
 class Readable(torch.utils.data.Dataset):
     """Items read one by one for inference: row -> (row, tensors), or (row, None, why) where it can't be read."""
@@ -56,7 +58,7 @@ def split_readable(samples):
 
 @torch.no_grad()
 def embed(items, read, encode, out, state, device, workers, description=None, unit=True):
-    """Fill out (M, D) with embeddings of items, of length 1 if `unit`; state (M,) becomes 1, or 2 where unreadable.
+    """Fill out (M, D) with embeddings of items, of length 1 if `unit`; state (M,) becomes DONE or UNREADABLE.
 
     Rows whose state is not 0 are done already. The ranks share the rest. read(item) -> tensor(s), in worker
     processes; encode(tensors) -> (B, D). With a description there is a progress bar.
@@ -75,9 +77,9 @@ def embed(items, read, encode, out, state, device, workers, description=None, un
                 features = encode(*(tensor.to(device) for tensor in tensors))                # (B, D)
                 features = F.normalize(features.float(), dim=1) if unit else features.float()
                 out[rows] = features.cpu().numpy()
-                state[rows] = 1
+                state[rows] = DONE
             for row, reason in zip(bad, reasons):
-                state[row] = 2
+                state[row] = UNREADABLE
                 bar.write(f"skipped: {reason}", file=sys.stderr)
             bar.update(len(rows) + len(bad))
 
@@ -90,7 +92,7 @@ def embed_all(items, read, encode, dimensions, device, workers=0, description=No
     if dist.is_initialized():
         dist.all_reduce(out)
         dist.all_reduce(state)
-    return out.cpu(), state.cpu() == 1
+    return out.cpu(), state.cpu() == DONE
 
 
 def is_unit(rows):
@@ -165,12 +167,12 @@ def stored(folder, made_of, items, read, encode, dimensions, device, workers=0):
     arrays = {"embeddings": (np.float16, (len(items), dimensions)), "state": (np.uint8, (len(items),))}
     with shared_arrays(folder, "bank.json", made_of, arrays) as (embeddings, state):
         rows, done = embeddings[rank::size], state[rank::size]  # this rank's share, as `embed` cuts it
-        done[done != 1] = 0  # what could not be read last time is tried again, and named again
+        done[done != DONE] = 0  # what could not be read last time is tried again, and named again
         for i in range(0, len(done), 2 ** 16):  # what a power cut lost is made again
             done[i:i + 2 ** 16][~is_unit(rows[i:i + 2 ** 16])] = 0
         embed(items, read, encode, embeddings, state, device, workers, f"bank {folder}")
         assert done.all(), "everything is embedded or unreadable by now"
-    return folder / "embeddings.npy", np.asarray(state) == 1
+    return folder / "embeddings.npy", np.asarray(state) == DONE
 
 
 def frame_bank(folder, clips, clip, device, workers):

@@ -113,8 +113,9 @@ class Tokenizer:
         """One text -> ids, start- and end-of-text included, of any length."""
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
         words = self.WORDS.findall(" ".join(text.split()).lower())
-        ids = [self.start, *(i for word in words for i in self.encode_word(word[:1000])), self.end]  # of a longer word
-        return ids[:ids.index(self.end) + 1]  # no context holds more; what follows the first end the model never sees
+        words = [word[:1000] for word in words]  # no context holds more
+        ids = [self.start, *(i for word in words for i in self.encode_word(word)), self.end]
+        return ids[:ids.index(self.end) + 1]  # what follows the first end the model never sees
 
     def __call__(self, texts):
         """Texts -> (N, context length) int64, zero-padded. A longer text is cut and keeps its end-of-text."""

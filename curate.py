@@ -10,6 +10,7 @@ ac, fc and vc are mined; rc, gl and gc come with AudioCaps: random captions, Aud
 finetune.py trains on what this leaves: an index like any other, its captions filled in.
 
 M  frames     P  captions of the pool     D  embedding     k  captions kept per frame
+b  frames, c  captions, p  captions of a product: how many are compared at a time     s  groups of captions looked into
 """
 import hashlib
 import json
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 from bank import frame_bank, shared_arrays, text_embeddings
 from clip_load import Tokenizer, cached, fingerprint, load_clip
-from evaluate import blank_figure
+from evaluate import PROMPT, blank_figure
 from pretrain import TOY, training_clips
 from processes import Claim, barrier, ranks, run, start_ranks, write_whole
 from readers import (
@@ -40,7 +41,7 @@ from readers import (
 )
 from train import Training, parse, setting
 
-PROMPTS = {"ac": "the sound of", "fc": "a photo of", "vc": "a photo of"}  # put before a caption for mining (Table 2)
+PROMPTS = {"ac": PROMPT, "fc": "a photo of", "vc": "a photo of"}  # put before a caption for mining (Table 2)
 PAPER_PAIRS = {"ac": 1_080_078, "fc": 1_224_621, "vc": 1_172_276, "rc": 44_118, "gl": 120_816, "gc": 44_118}
 SOURCES = list(PAPER_PAIRS)
 
@@ -65,6 +66,11 @@ class Settings:
 
 # The toy's pool has about six captions of a thing where a million have hundreds: the nearest ten would be mostly wrong.
 TOY_CURATION = Settings(data="toy", clip=TOY.clip, vocab=TOY.vocab, leave_out="none", k=3, workers=1)
+
+
+def folder_of(source, data):
+    """Where a source's clips lie, unless `data` says so: what is mined is AudioSet's. Raises FileNotFoundError."""
+    return dataset_folder(data or ("audioset" if source in PROMPTS else "audiocaps"))
 
 
 # ------------------------------------------------------------------------------------- the pool
@@ -139,7 +145,7 @@ def shortlist(queries, captions, size, columns, rough):
             nearest = groups.amax(3).transpose(0, 1).flatten(1)                                      # (b, c/64)
             chosen = nearest.topk(min(size, nearest.shape[1]), sorted=False).indices                 # (b, s)
             each, row = groups.shape[2], torch.arange(len(some), device=device)[:, None]
-            at = (chosen // each * len(some) + row) * each + chosen % each
+            at = (chosen // each * len(some) + row) * each + chosen % each  # where (c/p, b, p/64) has them, flattened
             members = groups.view(-1, GROUP)[at].flatten(1).float()                                  # (b, s·64)
             cosine, at = members.topk(min(size, len(part)))                                          # (b, size)
             index = start + chosen.gather(1, at // GROUP) * GROUP + at % GROUP
@@ -238,7 +244,7 @@ def with_captions(source, clips, folder, seed):
     """Gold clips as rc, gl and gc pair them: with random captions, with labels, with their own."""
     if source == "gc":
         return clips
-    if source == "rc":  # AudioCaps with its alignment broken: any clip's caption
+    if source == "rc":  # differs from the paper ("from AC"): its 44,118 pairs are AudioCaps', the alignment broken
         pool, rng = [caption for clip in clips for caption in clip.captions], np.random.default_rng(seed)
         return [replace(clip, captions=(pool[i],)) for clip, i in zip(clips, rng.integers(len(pool), size=len(clips)))]
     audioset = folder.parent / "audioset"
@@ -280,7 +286,7 @@ def preview(path, clips, found, count):
     for axes, i in zip(figure.subplots(len(chosen), 1, squeeze=False)[:, 0], chosen):
         texts, scores = found(i)
         if clips[i].frames:
-            with Image.open(clips[i].frames[:2][-1]) as image:
+            with Image.open(clips[i].middle_frame) as image:
                 axes.imshow(image.convert("RGB"))
         axes.axis("off")
         lines = [f"{f'{score:.3f}  ' if scores else ''}{text}"
@@ -321,7 +327,7 @@ def mined_captions(settings, folder, device):
 def curate(settings, device):
     """Make <folder>/<source>.jsonl and say how many pairs it holds."""
     source, mined = settings.source, settings.source in PROMPTS
-    folder = dataset_folder(settings.data or ("audioset" if mined else "audiocaps"))
+    folder = folder_of(source, settings.data)
     index = folder / f"{source}.jsonl"
     lock = Claim(f"{index}.lock") if ranks()[0] == 0 else None
     if mined:

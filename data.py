@@ -7,23 +7,17 @@
 
 B  batch     S  samples of a waveform     T  frames of 10 ms     F  mel bins     R  side of an image in pixels
 """
-import argparse
 import math
-import os
 import warnings
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache, partial
-from pathlib import Path
+from functools import lru_cache
 
 import numpy as np
 import soundfile
 import torch
 import torchaudio
 from PIL import Image
-
-from processes import run
-from readers import READERS, dataset_folder, read_split
 
 
 class Unreadable(ValueError):
@@ -136,7 +130,7 @@ def fbank(waves, sample_rate, mels=128):
     # A CPU's temporaries stay in its cache if it takes some 5 s of sound at a time; a GPU wants many clips at once.
     for x in waves.split(max(1, (2 ** 18 if waves.device.type == "cpu" else 2 ** 25) // waves.shape[1])):
         frames = x.unfold(1, length, shift)                                          # (b, T, 25 ms)
-        frames = frames - frames.mean(2, keepdim=True)
+        frames = frames - frames.mean(2, keepdim=True)  # differs from the paper: contains the waveform's own mean
         padded = frames.new_zeros(*frames.shape[:2], fft)                            # (b, T, FFT)
         emphasised = frames[:, :, 1:] - 0.97 * frames[:, :, :-1]  # the first sample needs none: its window is 0
         torch.mul(emphasised, window[1:], out=padded[:, :, 1:length])
@@ -193,7 +187,8 @@ class FrontEnd:
         length, shift = window_and_shift(self.sample_rate)
         heard = 1 + (lengths - length) // shift                                      # (B,) frames
         padding = torch.arange(self.frames, device=x.device) >= heard[:, None]       # (B, T)
-        x = x.masked_fill(padding[:, :, None], 0.0)  # zeros on the right *before* normalising, as the authors do
+        # differs from the paper, which does not say: zeros on the right *before* normalising, as in the authors' code
+        x = x.masked_fill(padding[:, :, None], 0.0)
         return ((x - self.mean) / self.std)[:, None]                                 # (B, 1, T, F)
 
 
@@ -241,68 +236,8 @@ def load_image(path, size=224):
         raise Unreadable(f"{path}: can't be read as an image ({error})") from None
 
 
-# ------------------------------------------------------------------------------------ commands
-
-def main():
-    from prepare import extract, pack, statistics  # they import this file
-    from toy import TOY_SPLITS, make_toy
-
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="toy | extract | stats | pack")
-    command = partial(commands.add_parser, allow_abbrev=False)
-    toy = command("toy", help="make the toy world")
-    toy.add_argument("--out", default="data/toy", help="folder to make (data/toy)")
-    toy.add_argument("--seed", type=int, default=0)
-    cut = command("extract", help="cut WAV and frames out of videos")
-    cut.add_argument("--segments", required=True, help="AudioSet's or AudioCaps' CSV, as published")
-    cut.add_argument("--videos", required=True, help="folder with {id}.mp4, or {id}_{start}.mp4 that begin at start")
-    cut.add_argument("--out", help="folder for audio/, frames/ and the index (the CSV's own)")
-    cut.add_argument("--side", type=int, default=224, help="shorter side of a frame in pixels, 0: as it is (224)")
-    stats = command("stats", help="mean and std of a dataset's log-mel values")
-    packs = command("pack", help="sounds as 16-bit samples in one file, which training then reads")
-    for each in (stats, packs):
-        each.add_argument("--data", default="audioset", help="a dataset's name or its folder (audioset)")
-    stats.add_argument("--split", default="train", choices=["train", "val", "test"], help="(train)")
-    stats.add_argument("--mels", type=int, default=FrontEnd.mels, help="mel bins (128)")
-    stats.add_argument("--frames", type=int, default=FrontEnd.frames, help="of 10 ms that the encoder hears (1000)")
-    for each in (cut, stats, packs):
-        each.add_argument("--sample-rate", type=int, default=FrontEnd.sample_rate, help="Hz (44100)")
-        each.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes")
-    args = parser.parse_args()
-    if args.command == "toy":
-        if Path(args.out).exists():
-            raise ValueError(f"{args.out} exists; delete it to make it anew")
-        make_toy(args.out, args.seed)
-        print(f"{args.out}: {', '.join(f'{split} {count}' for split, count in TOY_SPLITS.items())}; "
-              f"next: python pretrain.py --data toy")
-        return
-    if args.sample_rate < 1000:
-        raise ValueError("--sample-rate is in Hz, at least 1000")
-    if args.command == "extract":
-        if args.side < 0:
-            raise ValueError("--side is in pixels, at least 0")
-        if not Path(args.videos).is_dir():
-            raise FileNotFoundError(f"{args.videos}: no such folder; --videos names the one with the downloaded videos")
-        out = args.out or Path(args.segments).parent
-        extract(args.segments, args.videos, out, args.sample_rate, args.side, args.workers)
-        return
-    if args.command == "stats" and min(args.mels, args.frames) < 1:
-        raise ValueError("--mels and --frames are at least 1")
-    folder = dataset_folder(args.data)
-    names = {split: next((name for name, reader in READERS.items() if reader.table(folder, split).exists()), None)
-             for split in ("train", "val", "test")}  # of the dataset that the folder holds as published
-    there = [split for split, name in names.items() if name or (folder / f"{split}.jsonl").exists()]
-    splits = [args.split] if args.command == "stats" else there or ["train"]
-    clips = [clip for split in splits for clip in read_split(names[split] or "audioset", folder, split) if clip.audio]
-    if args.command == "pack":
-        out, count, skipped = pack(folder, clips, args.sample_rate, args.workers)
-        print(f"{out}: {count} sounds, {(out / 'waves.i16').stat().st_size / 1e9:.2f} GB, {skipped} unreadable; "
-              f"training at {args.sample_rate} Hz reads it from now on")
-    else:
-        mean, std, read = statistics(clips, FrontEnd(args.sample_rate, args.mels, args.frames), args.workers)
-        print(f"{read} clips at {args.sample_rate} Hz, {args.mels} mel bins, {args.frames} frames:\n"
-              f"--mean {mean:.6f} --std {std:.6f}")
-
-
 if __name__ == "__main__":
+    from prepare import main  # it imports this file
+    from processes import run
+
     run(main)

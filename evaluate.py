@@ -42,13 +42,13 @@ from readers import (
     CLASS_NAMES,
     READERS,
     add_labels,
-    class_names,
     dataset_folder,
+    labels_of,
     read_segments,
     read_split,
     youtube_id,
 )
-from train import audio_encoder_of, load_checkpoint, versions
+from train import audio_encoder_of, load_checkpoint, read_log, versions
 
 PROMPT = "the sound of"  # §4, "Prompting (usually) helps"
 PROMPTS = {"prompt": PROMPT, "no prompt": ""}
@@ -68,6 +68,7 @@ def retrieval_ranks(audio, captions, captions_per_clip=5):
         raise ValueError("an embedding is not finite; the checkpoint's weights are broken")
     if len(captions) != captions_per_clip * len(audio):
         raise ValueError(f"{len(captions)} captions for {len(audio)} clips; needed: {captions_per_clip} a clip")
+    # differs from the paper, which does not say: a tie is lost, or embeddings that are all alike would score
     similarity = (audio @ captions.T).unflatten(1, (-1, captions_per_clip))           # (N, N, 5)
     own = similarity.diagonal().T                                                     # (N, 5)
     others = ~torch.eye(len(audio), dtype=torch.bool)[:, :, None]                     # (N, N, 1)
@@ -75,12 +76,17 @@ def retrieval_ranks(audio, captions, captions_per_clip=5):
     return a2t, (similarity >= own).sum(0).flatten() - 1                              # (N,), (M,)
 
 
+def median_rank(ranks):
+    """Of ranks from 0 -> from 1, as it is reported."""
+    return ranks.float().quantile(0.5).item() + 1
+
+
 def retrieval_metrics(audio, captions, captions_per_clip=5):
     """Retrieval both ways: audio (N, D), captions (5N, D) -> recall at 1, 5, 10 in %, median rank from 1."""
     result = {}
     for way, rank in zip(("a2t", "t2a"), retrieval_ranks(audio, captions, captions_per_clip)):
         result |= {f"{way}_r{k}": 100 * (rank < k).float().mean().item() for k in (1, 5, 10)}
-        result[f"{way}_median"] = rank.float().quantile(0.5).item() + 1
+        result[f"{way}_median"] = median_rank(rank)
     return result
 
 
@@ -160,6 +166,7 @@ def chance_map(target):
 
     With p positives of n, a positive at rank r has precision (1 + (r-1)(p-1)/(n-1)) / r on average; averaged over r.
     """
+    # differs from the paper, which does not say how: with few positives this lies above their share
     n, p = len(target), target.sum(0)[target.any(0)].double()                         # (), (classes with a clip,)
     harmonic = (1 / torch.arange(1, n + 1).double()).sum()
     return 100 * (((p - 1) / max(1, n - 1) * (n - harmonic) + harmonic) / n).mean().item()
@@ -175,7 +182,7 @@ class Model:
         self.path, self.device, self.workers = Path(path), device, workers
         self.encoder, self.front_end = audio_encoder_of(checkpoint, path)
         try:
-            made_with, settings = checkpoint["clip"], checkpoint["settings"]
+            made_with, settings, step, steps = (checkpoint[name] for name in ("clip", "settings", "step", "steps"))
             self.log_scale = checkpoint["learner"]["log_scale"].item()
         except (KeyError, TypeError, RuntimeError) as error:
             raise ValueError(f"{path}: not a whole checkpoint ({type(error).__name__}: {error})") from None
@@ -193,8 +200,8 @@ class Model:
         self.source, init = settings.get("source", ""), settings.get("init")
         self.pairs = settings.get("pairs") or checkpoint.get("samples")
         row = f"+AT {self.source.upper()}" if self.source else "VA-Rand" if init == "random" else "vip-AnT"
-        self.identity = {"checkpoint": str(path), "stage": checkpoint["stage"], "step": checkpoint["step"],
-                         "steps": checkpoint["steps"], "init": init, "weights": fingerprint(self.encoder),
+        self.identity = {"checkpoint": str(path), "stage": checkpoint["stage"], "step": step,
+                         "steps": steps, "init": init, "weights": fingerprint(self.encoder),
                          "clip": made_with["fingerprint"], "row": row}
         self.known = {}       # embeddings, for the next task of the same run
         self.missing = set()  # ids of clips that tasks did not find on disk
@@ -259,7 +266,7 @@ def on_disk(model, name, folder, need, split):
                 "published": table_file.exists()}
     if "audio" in need:  # the paper hears so much of a clip; who hears less is measured on another task
         seconds, whole = model.front_end.seconds, READERS[name].seconds
-        with suppress(OSError, RuntimeError, TypeError):  # not audio: it will be skipped
+        with suppress(OSError, RuntimeError, TypeError, UnicodeError):  # not audio: it will be skipped
             whole = min(whole, soundfile.info(here[0].audio).duration)
         if seconds < whole - 0.01:
             raise ValueError(f"{model.path} hears {seconds:.1f} s at {model.front_end.sample_rate} Hz, and {whole:g} s "
@@ -274,14 +281,14 @@ def on_disk(model, name, folder, need, split):
     return here, protocol
 
 
-def load(model, name, folder, need, split="test"):
+def embed_split(model, name, folder, need, split="test"):
     """What a task needs of a dataset -> list of Clip, protocol, and unit embeddings (N, D) of their sounds, frames.
 
     name: of READERS. need: some of "audio", "frames", "labels", "captions". Raises ValueError.
     """
     clips, protocol = on_disk(model, name, folder, need, split)
     parts = [model.embed("audio", [clip.audio for clip in clips])] if "audio" in need else []
-    parts += [model.embed("frames", [clip.frames[:2][-1] for clip in clips])] if "frames" in need else []  # the second
+    parts += [model.embed("frames", [clip.middle_frame for clip in clips])] if "frames" in need else []
     ok = torch.stack([read for _, read in parts]).all(0)
     read = list(compress(clips, ok))
     if not read:
@@ -294,15 +301,14 @@ def retrieval(model, name, folder, by="audio"):
 
     With by="frames" a clip's second frame stands in for its sound: OracleAV-CLIP, which measures CLIP itself.
     """
-    clips, protocol, features = load(model, name, folder, (by, "captions"))
+    clips, protocol, features = embed_split(model, name, folder, (by, "captions"))
     count, values, chance = protocol["captions a clip"], {}, {}
     for variant, prompt in PROMPTS.items():
         texts = model.texts([caption for clip in clips for caption in clip.captions], prompt)
-        values[variant] = retrieval_metrics(features, texts, count)
-        a2t, t2a = retrieval_ranks(features, texts, count)
-        for k in (1, 5, 10):
-            values[variant][f"a2t_r{k}"] = interval((a2t < k).float())
-            values[variant][f"t2a_r{k}"] = interval((t2a < k).float().view(-1, count).mean(1))  # of a clip's captions
+        for way, rank in zip(("a2t", "t2a"), retrieval_ranks(features, texts, count)):
+            hits = {k: (rank < k).float().view(len(clips), -1).mean(1) for k in (1, 5, 10)}  # share of a clip's queries
+            values.setdefault(variant, {}).update({f"{way}_r{k}": interval(share) for k, share in hits.items()})
+            values[variant][f"{way}_median"] = median_rank(rank)
     for k in (1, 5, 10):  # that k captions drawn blindly miss all of a clip's own
         missed = math.prod(max(0, 1 - count / max(1, count * len(clips) - i)) for i in range(k))
         chance |= {f"a2t_r{k}": 100 * (1 - missed), f"t2a_r{k}": 100 * min(1, k / len(clips))}
@@ -316,7 +322,7 @@ def zero_shot(audio, texts, target):
 
 def classification(model, name, folder):
     """Zero-shot accuracy, by class and by published fold too (Table 4, Fig. 6, 12)."""
-    clips, protocol, audio = load(model, name, folder, ("audio", "labels"))
+    clips, protocol, audio = embed_split(model, name, folder, ("audio", "labels"))
     listed = read_split(name, folder, need=("labels",))  # a class counts although its sounds may not be on disk
     labels = sorted({clip.labels[0] for clip in listed})
     protocol["published"] &= len(labels) == CLASSES[name]
@@ -337,11 +343,8 @@ def classification(model, name, folder):
 
 def audioset(model, folder):
     """AudioSet's eval set: mean average precision over its classes, each clip with several (Table 4)."""
-    used = {label for clip in read_split("audioset", folder, need=()) for label in clip.labels}
-    labels = list(class_names(folder).values()) or sorted(used)
-    if strange := used - set(labels):
-        raise ValueError(f"{folder}: a clip's label {min(strange)!r} is not in {CLASS_NAMES}")
-    clips, protocol, audio = load(model, "audioset", folder, ("audio", "labels"))
+    labels = labels_of(read_split("audioset", folder, need=()), folder)  # a class counts without its sounds, too
+    clips, protocol, audio = embed_split(model, "audioset", folder, ("audio", "labels"))
     protocol["published"] &= len(labels) == CLASSES["audioset"]
     number = {label: k for k, label in enumerate(labels)}
     target = torch.zeros(len(clips), len(labels), dtype=torch.bool)                   # (N, K)
@@ -359,7 +362,7 @@ def audioset(model, folder):
 
 def image_audio(model, folder):
     """Retrieval between the sounds of the balanced AudioSet and their second frames (§3.2.2, Fig. 5)."""
-    clips, protocol, audio, images = load(model, "audioset", folder, ("audio", "frames", "labels"), "val")
+    clips, protocol, audio, images = embed_split(model, "audioset", folder, ("audio", "frames", "labels"), "val")
     labels, values, chance = [clip.labels for clip in clips], {}, {}
     sets = Counter(map(frozenset, labels))
     for way, queries, gallery in (("i2a", images, audio), ("a2i", audio, images)):
@@ -372,7 +375,7 @@ def image_audio(model, folder):
 
 def pivots(model, folder):
     """Pivotability: how far images lead from a sound to its captions, and for which categories (App. F)."""
-    clips, protocol, audio, images = load(model, "audiocaps", folder, ("audio", "frames", "captions"))
+    clips, protocol, audio, images = embed_split(model, "audiocaps", folder, ("audio", "frames", "captions"))
     published = folder.parent / "audioset"
     if not any(clip.labels for clip in clips) and (published / CLASS_NAMES).exists():
         clips = add_labels(clips, published)
@@ -605,12 +608,11 @@ def scaling(measured, target, out):
 
 
 def epochs_of(log):
-    """A run's validations -> name of the metric, [(epoch, %), …]; damaged lines are left out. Raises ValueError."""
+    """A run's validations -> name of the metric, [(epoch, %), …]. Raises FileNotFoundError, ValueError (none)."""
     name, measured = "", []
-    for line in log.read_text(errors="replace").splitlines():
-        with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            row = json.loads(line)
-            name = next((key for key in row if key.endswith("@1")), name)
+    for row in read_log(log):
+        name = next((key for key in row if key.endswith("@1")), name)
+        with suppress(ValueError, KeyError, TypeError):  # damaged
             measured += [(float(row["epoch"]), float(row[name]))] if name in row else []
     if not measured:
         raise ValueError(f"{log}: no validation in it")
@@ -622,10 +624,7 @@ def curve(paths, out):
     figure = blank_figure(5, 4)
     axes = figure.subplots()
     for path, name in zip(paths, names_of(paths)):
-        log = path.with_name("log.jsonl")
-        if not log.exists():
-            raise FileNotFoundError(f"{log}: no log beside the checkpoint; pretrain.py and finetune.py leave one")
-        metric, measured = epochs_of(log)
+        metric, measured = epochs_of(path.with_name("log.jsonl"))
         axes.plot(*zip(*measured), marker="o", label=name)
         print(f"{name}: {metric} by epoch: {' '.join(f'{value:.1f}' for _, value in measured)}")
     axes.set(xlabel="epoch", ylabel=f"{metric} (%)")

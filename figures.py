@@ -10,7 +10,7 @@ N  clips     T  frames of 10 ms     F  mel bins     D  embedding
 """
 import argparse
 import io
-import json
+import math
 import textwrap
 from pathlib import Path
 
@@ -22,7 +22,8 @@ from clip_load import audio_encoder_from_clip
 from data import FrontEnd, load_audio, mask
 from evaluate import Model, blank_figure
 from processes import run, write_whole
-from readers import READERS, dataset_folder, read_split
+from readers import dataset_folder, dataset_in, read_split
+from train import read_log
 
 FROZEN, LEARNED = "#7a7a7a", "#c8382e"
 
@@ -48,8 +49,8 @@ def show_spectrogram(axes, x, end):
 
 
 def show_frame(axes, clip):
-    """Draw the clip's second frame, the paper's middle one."""
-    with Image.open(clip.frames[:2][-1]) as image:
+    """Draw the clip's middle frame."""
+    with Image.open(clip.middle_frame) as image:
         axes.imshow(image.convert("RGB"))
 
 
@@ -90,20 +91,17 @@ def idea(path, clip, text, front_end):
 
 
 def training(path, log):
-    """Loss, temperature and what validation gave, by epoch, from a run's log.jsonl. Raises FileNotFoundError."""
-    if not log.exists():
-        raise FileNotFoundError(f"{log}: no log beside the checkpoint; pretrain.py and finetune.py leave one")
-    steps, validations = [], []
-    for line in log.read_text(errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # a kill cut it off
-        (steps if "loss" in row else validations).append(row)
+    """Loss, temperature and what validation gave, by epoch, from a run's log.jsonl."""
+    lines = read_log(log)
+    steps, validations = [row for row in lines if "loss" in row], [row for row in lines if "epoch" in row]
+    batch = next((row["settings"]["batch"] for row in lines if "settings" in row), None)
     left, middle, right = (figure := blank_figure(9, 2.7)).subplots(1, 3)
     for axes, name in ((left, "loss"), (middle, "temperature")):
         axes.plot([row["epoch"] for row in steps], [row.get(name, np.nan) for row in steps], color=LEARNED)
         axes.set(xlabel="epoch", title=name)
+    if batch and any("temperature" in row for row in steps):  # a contrastive loss
+        left.axhline(2 * math.log(batch), color=FROZEN, linestyle="--", linewidth=1, label="guessing: 2·log(batch)")
+        left.legend(fontsize="small")
     for name in dict.fromkeys(key for row in validations for key in row if "@1" in key):
         right.plot(*zip(*((row["epoch"], row[name]) for row in validations if name in row)), marker=".", label=name)
         right.legend(fontsize="small")
@@ -159,7 +157,7 @@ def similarity(path, model, clips, texts):
     model.encoder, model.known = trained, {}
     targets = model.texts(texts)[heard]                                               # (N, D)
     figure = blank_figure(9, 4.6)
-    for axes, (title, audio) in zip(figure.subplots(1, 2), (("before", before), ("after", after))):
+    for axes, (title, audio) in zip(figure.subplots(1, 2), (("CLIP's eye, untrained", before), ("after", after))):
         cosines = audio[heard] @ targets.T                                            # (N, N)
         best = 100 * (cosines.argmax(1) == torch.arange(len(cosines))).float().mean().item()
         drawn = axes.imshow(cosines - cosines.mean(), cmap="RdBu_r", vmin=-0.8, vmax=0.8, interpolation="nearest")
@@ -201,7 +199,7 @@ def main():
     folder = dataset_folder(args.data)
     checkpoint = Path(args.checkpoint or f"out/{'toy' if folder.name == 'toy' else 'audioset'}/pretrain/checkpoint.pt")
     model = Model(checkpoint, device="cuda" if torch.cuda.is_available() else "cpu")
-    listed = read_split(folder.name if folder.name in READERS else "audioset", folder)
+    listed = read_split(dataset_in(folder, "test") or "audioset", folder)
     clips = [clip for clip in listed if (clip.captions or clip.labels) and clip.audio and Path(clip.audio).exists()]
     if not clips:
         raise ValueError(f"{folder}: not one of {len(listed)} test clips has its sound and a caption or a label")
@@ -211,7 +209,8 @@ def main():
     example = 5 * len(clips) // 8
     if clips[example].frames:
         idea(out / "idea.png", clips[example], texts[example], model.front_end)
-    training(out / "training.png", checkpoint.with_name("log.jsonl"))
+    if (log := checkpoint.with_name("log.jsonl")).exists():  # imported checkpoints have none
+        training(out / "training.png", log)
     spectrogram(out / "spectrogram.png", clips[example], model.front_end)
     grid(out / "grid.png", clips)
     similarity(out / "similarity.png", model, clips, texts)

@@ -13,6 +13,7 @@ B  clips on this rank     D  embedding     K  classes     N  clips
 """
 import copy
 import math
+import re
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -32,16 +33,16 @@ from clip_load import (
     fingerprint,
     load_clip,
 )
+from curate import SOURCES, folder_of
 from data import floating
 from evaluate import average_precision, ranking, retrieval_metrics, save_json
 from model import VisionTransformer
 from prepare import sound_loader
 from processes import ranks, run, start_ranks
 from readers import (
-    CLASS_NAMES,
     READERS,
-    class_names,
     dataset_folder,
+    labels_of,
     read_index,
     read_split,
 )
@@ -64,7 +65,7 @@ from train import (
 @dataclass(frozen=True)
 class Settings(Training):
     """AT fine-tuning as in the paper (Table 5); PRESETS has the supervised heads'."""
-    source: str = setting("", "train on captions: which of curate.py's pairs", ["ac", "fc", "vc", "rc", "gl", "gc"])
+    source: str = setting("", "train on captions: which of curate.py's pairs", SOURCES)
     head: str = setting("", "train on labels: whose", ["esc50", "esc10", "us8k", "audioset-balanced", "audioset"])
     data: str = setting("", "folder of the clips; empty: where curate.py puts the source, or the head's dataset")
     init: str = setting("out/audioset/pretrain/checkpoint.pt", "start from: a checkpoint, clip or random weights")
@@ -79,6 +80,12 @@ class Settings(Training):
     width: int = setting(768, "of an encoder that starts from random weights")
     layers: int = setting(12, "of the same")
     patch: int = setting(32, "of the same")
+
+    def check(self):
+        super().check()
+        if not re.fullmatch(r"( *\d+(\.\d+)?e? *(,|$))*", self.milestones):
+            raise ValueError(f"--milestones {self.milestones}: needed are numbers of steps, or of epochs with an e "
+                             f"behind them, separated by commas")
 
     def lr_factor(self, step, steps_per_epoch):
         """As in pre-training, or linear warm-up and then half as much from each milestone on (Table 5)."""
@@ -120,7 +127,9 @@ def clip_of(settings, device):
     """The CLIP whose texts and frames are the targets, the start's own -> model, its clip_identity."""
     weights, vocab, checkpoint = settings.clip, settings.vocab, checkpoint_of(settings)
     if checkpoint and weights == Training.clip:  # not said otherwise
-        weights, vocab = checkpoint["clip"]["weights"], checkpoint["clip"]["vocab"]
+        weights = checkpoint["clip"]["weights"]
+    if checkpoint and vocab == Training.vocab:
+        vocab = checkpoint["clip"]["vocab"]
     weights = cached(weights)
     clip = load_clip(weights, device)
     identity = clip_identity(clip, weights, vocab)
@@ -241,7 +250,7 @@ def retrieval_validation(clips, clip, tokenizer, device, workers):
 def finetune_on_captions(settings, device):
     """AT or VAT fine-tuning; leaves <out>/checkpoint.pt."""
     source = settings.source
-    folder = dataset_folder(settings.data or ("audioset" if source in ("ac", "fc", "vc") else "audiocaps"))
+    folder = folder_of(source, settings.data)
     index = folder / f"{source}.jsonl"
     if not index.exists():
         raise FileNotFoundError(f"{index}: no pairs yet. Run: python curate.py --source {source}"
@@ -256,7 +265,7 @@ def finetune_on_captions(settings, device):
                                 device, settings.workers))
     encoder, front_end, log_scale = starting_encoder(settings, clip)
     learner = AudioLearner(encoder, front_end).requires_grad_(True)
-    if log_scale is not None:
+    if log_scale is not None:  # differs from the paper, which does not say: the temperature belongs to what was learned
         learner.log_scale.data.copy_(log_scale)
     name = f"{settings.objective}-{source}" + (f"-{settings.pairs}" if settings.pairs else "")
     settings = replace(settings, out=settings.out or f"out/{folder.name}/{name}")
@@ -304,7 +313,7 @@ class HeadLearner(nn.Module):
         return math.inf if self.multi_label else math.log(self.head[1].out_features)
 
     def report(self):
-        return {k: v.item() for k, v in self.heard.items()}
+        return {k: v.item() for k, v in self.input.items()}
 
     def flops(self):
         """Of one sample's forward pass and of the backward pass through the blocks that learn."""
@@ -380,11 +389,7 @@ def rounds_of(settings):
         for split, clips in zip(splits, sets):
             if not clips:
                 raise ValueError(f"{folder}: not one clip of its {split} split has sound and labels")
-        used = {label for clips in sets for clip in clips for label in clip.labels}
-        labels = list(class_names(folder).values()) or sorted(used)
-        if used - set(labels):
-            raise ValueError(f"{folder}: a clip's label {min(used - set(labels))!r} is not in {CLASS_NAMES}")
-        return folder, labels, {"eval": sets}
+        return folder, labels_of([*sets[0], *sets[1]], folder), {"eval": sets}
     name = "esc50" if settings.head == "esc10" else settings.head
     folder = dataset_folder(settings.data or name)
     clips = [clip for clip in READERS[name].read(folder, "test") if clip.easy or settings.head != "esc10"]

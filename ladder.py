@@ -13,7 +13,6 @@ from pathlib import Path
 
 from evaluate import save_json, table
 from finetune import mean_and_spread
-from pretrain import TOY
 from processes import Claim
 from train import setting, versions
 
@@ -65,9 +64,9 @@ def folder_of(row):
     return row.replace(" ", "").replace("%", "")
 
 
-def climb(ladder, seed):
-    """All rows with one seed -> {row: {metric: %}}."""
-    out, results, curated = Path(ladder.out) / f"seed{seed}", {}, set()
+def climb(ladder, seed, curated):
+    """All rows with one seed -> {row: {metric: %}}. curated: set of the sources that this ladder has curated."""
+    out, results = Path(ladder.out) / f"seed{seed}", {}
     for row, (source, *flags) in ROWS.items():
         place = out / folder_of(row)
         if not (place / "toy.json").exists():
@@ -79,8 +78,7 @@ def climb(ladder, seed):
                     curated.add(source)
             command(*script, *flags, "--seed", seed, "--out", place)
             if source:  # pre-training has measured itself
-                command("evaluate.py", "--task", "toy", "--checkpoint", place / "checkpoint.pt", "--clip", TOY.clip,
-                        "--vocab", TOY.vocab)
+                command("evaluate.py", "--task", "toy", "--checkpoint", place / "checkpoint.pt")
         measured = json.loads((place / "toy.json").read_text())["results"]
         retrieval, labels = measured["audio-text"]["values"]["no prompt"], measured["zero-shot labels"]["values"]
         results[row] = {metric: value[0] if isinstance(value, list) else value for metric, value in retrieval.items()}
@@ -91,7 +89,8 @@ def climb(ladder, seed):
 def run_ladder(ladder):
     """Climb with every seed, print the table with its spread, and for each claim of the paper whether it holds here."""
     began, lock = time.time(), Claim(Path(ladder.out) / "lock")
-    runs = [climb(ladder, seed) for seed in range(ladder.seeds)]
+    curated = set()
+    runs = [climb(ladder, seed, curated) for seed in range(ladder.seeds)]
     print(f"\nthe toy world, {ladder.seeds} seed(s), mean ± std in %; {(time.time() - began) / 60:.1f} min")
     table(["", *COLUMNS.values()], [[row, *(mean_and_spread([run[row][metric] for run in runs]) for metric in COLUMNS)]
                                     for row in ROWS])

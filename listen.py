@@ -107,7 +107,7 @@ def stretch(start, seconds):
 
 
 def tag(model, paths, labels, prompt, cache):
-    """Print how likely each label, after the prompt, is for each window of each recording, given that one of them fits (Eq. 5)."""
+    """Print how likely each label (after the prompt) is for each window of each recording, if one of them fits (Eq. 5)."""
     texts = model.texts(labels, prompt)                                               # (K, D)
     for path, starts, audio in hear(model, paths, cache):
         chances = (math.exp(model.log_scale) * audio @ texts.T).softmax(1)            # (W, K)

@@ -212,6 +212,7 @@ def info_nce(a, b, log_scale):
     rank = dist.get_rank() if dist.is_initialized() else 0
     pair = rank * len(a) + torch.arange(len(a), device=a.device)         # (B,) where a row's partner stands
     scale = log_scale.exp()                                              # s(a, b) = e^τ cos(a, b)
+    # differs from the paper, which says neither: negatives from all ranks; both directions summed, not halved
     return (F.cross_entropy(scale * a @ gather(b).T, pair)               # (B, ranks·B) logits
             + F.cross_entropy(scale * b @ gather(a).T, pair))
 

@@ -1,11 +1,13 @@
 """What is done to a dataset once: cut clips out of videos, pack sounds, find mean and standard deviation (§3.2.2).
 
+    python data.py toy
     python data.py extract --segments data/audioset/eval_segments.csv --videos VIDEOS
     python data.py pack --data audioset
     python data.py stats --data audioset
 
 S  samples of a waveform     N  sounds     T  frames of 10 ms     F  mel bins
 """
+import argparse
 import csv
 import hashlib
 import io
@@ -34,10 +36,14 @@ from readers import (
     VIDEO,
     by_video,
     class_names,
+    dataset_folder,
+    dataset_in,
     files_of,
     find_files,
     read_segments,
+    read_split,
 )
+from toy import TOY_SPLITS, make_toy
 
 # ------------------------------------------------------------------------- from videos to clips
 
@@ -410,3 +416,62 @@ def statistics(clips, front_end, workers=2):
         raise ValueError(f"not one of {len(clips)} clips could be read")
     count, first, second = total.tolist()
     return first / count, math.sqrt(second / count - (first / count) ** 2), read
+
+
+# --------------------------------------------------------------------------------- the commands
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="toy | extract | stats | pack")
+    command = partial(commands.add_parser, allow_abbrev=False)
+    toy = command("toy", help="make the toy world")
+    toy.add_argument("--out", default="data/toy", help="folder to make (data/toy)")
+    toy.add_argument("--seed", type=int, default=0)
+    cut = command("extract", help="cut WAV and frames out of videos")
+    cut.add_argument("--segments", required=True, help="AudioSet's or AudioCaps' CSV, as published")
+    cut.add_argument("--videos", required=True, help="folder with {id}.mp4, or {id}_{start}.mp4 that begin at start")
+    cut.add_argument("--out", help="folder for audio/, frames/ and the index (the CSV's own)")
+    cut.add_argument("--side", type=int, default=224, help="shorter side of a frame in pixels, 0: as it is (224)")
+    stats = command("stats", help="mean and std of a dataset's log-mel values")
+    packs = command("pack", help="sounds as 16-bit samples in one file, which training then reads")
+    for each in (stats, packs):
+        each.add_argument("--data", default="audioset", help="a dataset's name or its folder (audioset)")
+    stats.add_argument("--split", default="train", choices=["train", "val", "test"], help="(train)")
+    stats.add_argument("--mels", type=int, default=FrontEnd.mels, help="mel bins (128)")
+    stats.add_argument("--frames", type=int, default=FrontEnd.frames, help="of 10 ms that the encoder hears (1000)")
+    for each in (cut, stats, packs):
+        each.add_argument("--sample-rate", type=int, default=FrontEnd.sample_rate, help="Hz (44100)")
+        each.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes")
+    args = parser.parse_args()
+    if args.command == "toy":
+        if Path(args.out).exists():
+            raise ValueError(f"{args.out} exists; delete it to make it anew")
+        make_toy(args.out, args.seed)
+        print(f"{args.out}: {', '.join(f'{split} {count}' for split, count in TOY_SPLITS.items())}; "
+              f"next: python pretrain.py --data toy")
+        return
+    if args.sample_rate < 1000:
+        raise ValueError("--sample-rate is in Hz, at least 1000")
+    if args.command == "extract":
+        if args.side < 0:
+            raise ValueError("--side is in pixels, at least 0")
+        if not Path(args.videos).is_dir():
+            raise FileNotFoundError(f"{args.videos}: no such folder; --videos names the one with the downloaded videos")
+        out = args.out or Path(args.segments).parent
+        extract(args.segments, args.videos, out, args.sample_rate, args.side, args.workers)
+        return
+    if args.command == "stats" and min(args.mels, args.frames) < 1:
+        raise ValueError("--mels and --frames are at least 1")
+    folder = dataset_folder(args.data)
+    names = {split: dataset_in(folder, split) for split in ("train", "val", "test")}
+    there = [split for split, name in names.items() if name or (folder / f"{split}.jsonl").exists()]
+    splits = [args.split] if args.command == "stats" else there or ["train"]
+    clips = [clip for split in splits for clip in read_split(names[split] or "audioset", folder, split) if clip.audio]
+    if args.command == "pack":
+        out, count, skipped = pack(folder, clips, args.sample_rate, args.workers)
+        print(f"{out}: {count} sounds, {(out / 'waves.i16').stat().st_size / 1e9:.2f} GB, {skipped} unreadable; "
+              f"training at {args.sample_rate} Hz reads it from now on")
+    else:
+        mean, std, read = statistics(clips, FrontEnd(args.sample_rate, args.mels, args.frames), args.workers)
+        print(f"{read} clips at {args.sample_rate} Hz, {args.mels} mel bins, {args.frames} frames:\n"
+              f"--mean {mean:.6f} --std {std:.6f}")

@@ -146,8 +146,9 @@ def top1_hits(queries, gallery, labels):
 
     queries, gallery: (N, D) unit vectors of the same N clips; labels: N collections of labels.
     """
-    kinds = {}
-    kind = torch.tensor([kinds.setdefault(frozenset(label), len(kinds)) for label in labels])      # (N,)
+    sets = [frozenset(label) for label in labels]
+    number = {kind: k for k, kind in enumerate(dict.fromkeys(sets))}
+    kind = torch.tensor([number[each] for each in sets])                                            # (N,)
     best = torch.cat([(part @ gallery.T).argmax(1) for part in queries.split(1024)])               # (N,)
     hit = (kind[best] == kind).float()
     return hit, hit / torch.bincount(kind)[kind]

@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+from contextlib import suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 from tokenize import TokenError
@@ -121,8 +122,9 @@ class Claim:
                 fcntl.lockf(self.file, fcntl.LOCK_EX)
             except OSError:
                 return  # a file system without locks
-            if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(self.file.fileno())):
-                break  # and not a file that its holder has just removed
+            with suppress(FileNotFoundError):  # and not a file that its holder has just removed
+                if os.path.samestat(os.stat(path), os.fstat(self.file.fileno())):
+                    break
             self.file.close()
         self.file.truncate(0)
         print(Path(sys.argv[0]).name, *sys.argv[1:], f"(process {os.getpid()} on {socket.gethostname()}, since "

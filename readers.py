@@ -23,6 +23,11 @@ class Clip:
     fold: int = 0           # of a dataset with published folds, from 1
     easy: bool = False      # in ESC-10, the easier part of ESC-50
 
+    @property
+    def middle_frame(self):
+        """Path of the second frame, the paper's middle one (§3.2.2), or of the only one."""
+        return self.frames[:2][-1]
+
 
 @contextmanager
 def reading(path, what="a CSV in UTF-8", missing="no such file; it belongs to the dataset as published"):
@@ -171,6 +176,14 @@ def class_names(folder):
     table = Path(folder) / CLASS_NAMES
     rows = read_csv(table, ("index", "mid", "display_name")) if table.exists() else []
     return {row["mid"]: row["display_name"] for row in rows}
+
+
+def labels_of(clips, folder):
+    """AudioSet's labels, in its order where `folder` holds the table, else those of the clips. Raises ValueError."""
+    used, known = {label for clip in clips for label in clip.labels}, list(class_names(folder).values())
+    if known and (strange := used - set(known)):
+        raise ValueError(f"{folder}: a clip's label {min(strange)!r} is not in {CLASS_NAMES}")
+    return known or sorted(used)
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,6 +344,11 @@ def dataset_folder(place):
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder. {HOW_TO_GET.get(place, 'Point --data at one')}")
     return folder
+
+
+def dataset_in(folder, split):
+    """Name of the dataset that a folder holds as published, None where it holds none."""
+    return next((name for name, reader in READERS.items() if reader.table(Path(folder), split).exists()), None)
 
 
 def read_split(name, folder, split="test", need=("audio",)):

@@ -15,7 +15,7 @@ import sys
 import time
 import timeit
 import zipfile
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -37,7 +37,7 @@ from processes import Claim, barrier, ranks, stamp, worker_starts, write_whole
 
 def setting(default, help, choices=None, free=False):
     """A field of a stage's settings. `free`: may differ when a run is resumed, for it does not shape the result."""
-    return field(default=default, compare=not free, metadata={"help": help, "choices": choices})
+    return field(default=default, metadata={"help": help, "choices": choices, "free": free})
 
 
 @dataclass(frozen=True)
@@ -106,11 +106,11 @@ def parse(defaults, presets, argv=None, description=None):
 # ---------------------------------------------------------------------------- learner and samples
 
 def masked_input(learner, batch):
-    """A batch's filterbanks, normalised and masked (B, 1, T, F); learner.heard keeps mean, std, share of padding."""
+    """A batch's filterbanks, normalised and masked (B, 1, T, F); learner.input keeps mean, std, share of padding."""
     with torch.no_grad(), torch.autocast(batch["wave"].device.type, enabled=False):
         x = learner.front_end(batch["wave"], batch["length"])                                # (B, 1, T, F)
         padding = 1 - batch["length"].float().mean() / learner.front_end.samples
-        learner.heard = {"input_mean": x.mean(), "input_std": x.std(), "padding": padding}
+        learner.input = {"input_mean": x.mean(), "input_std": x.std(), "padding": padding}
         return mask(x, batch["draws"])
 
 
@@ -132,12 +132,12 @@ class AudioLearner(nn.Module):
         return sum(info_nce(audio, target, self.log_scale) for target in targets.unbind(1))
 
     def guessing(self, batch):
-        """The loss of who guesses in a batch of so many: an encoder that hears nothing."""
+        """The loss of who guesses, each of `batch` candidates alike: log(batch) for each way and kind of target."""
         return self.kinds * 2 * math.log(batch)
 
     def report(self):
         """Numbers for the log; of the input, the last batch's."""
-        return {"temperature": self.log_scale.neg().exp().item()} | {k: v.item() for k, v in self.heard.items()}
+        return {"temperature": self.log_scale.neg().exp().item()} | {k: v.item() for k, v in self.input.items()}
 
     def flops(self):
         """Of one sample's forward and backward pass (the backward costs two forwards)."""
@@ -158,7 +158,7 @@ class AudioSamples:
         """load(path) -> waveform, its length. train_on: for each clip whether it is one of the samples; default all."""
         self.clips = np.array([i for i in range(len(clips)) if (train_on is None or train_on[i])
                                and all(len(bank.of(i)) for bank in banks)])
-        self.paths = np.array([clips[i].audio.encode() for i in self.clips])  # one array: forked workers share it
+        self.paths = np.array([os.fsencode(clips[i].audio) for i in self.clips])  # one array: forked workers share it
         self.banks, self.load = banks, load
         for bank in banks:
             bank.check()
@@ -167,7 +167,7 @@ class AudioSamples:
         return len(self.clips)
 
     def read(self, i, rng):
-        wave, length = self.load(self.paths[i].decode())
+        wave, length = self.load(os.fsdecode(self.paths[i]))
         targets = torch.stack([bank.draw(self.clips[i], rng) for bank in self.banks])               # (kinds, D)
         return {"wave": wave, "length": length, "target": targets,
                 "draws": torch.from_numpy(rng.random(4, dtype=np.float32))}
@@ -296,7 +296,7 @@ def restore(path, learner, optimizer, settings, identity, files):
         return 0, 0, sizes
     saved = load_checkpoint(path, [identity["stage"]])
     then, now = decisive(saved["settings"], saved), decisive(asdict(settings), identity)
-    free = {f.name for f in fields(settings) if not f.compare}
+    free = {f.name for f in fields(settings) if f.metadata["free"]}
     changed = {name: (then.get(name), value) for name, value in now.items()
                if name not in free and then.get(name) != value}
     if changed:
@@ -318,11 +318,11 @@ class Meter:
     """Of the steps since the log's last line: loss, time, waiting for data. Of the epoch: clips that were skipped."""
 
     def __init__(self, device, skipped):
-        self.device, self.skipped = device, skipped  # skipped counts on all ranks; missed on this one, since the line
+        self.device, self.skipped = device, skipped  # on all ranks; skipped_here: on this one, since the last line
         self.restart()
 
     def restart(self):
-        self.loss, self.steps, self.missed = torch.zeros((), device=self.device), 0, 0
+        self.loss, self.steps, self.skipped_here = torch.zeros((), device=self.device), 0, 0
         self.waited, self.began = 0.0, time.perf_counter()
 
     def next_batch(self, source):
@@ -332,7 +332,7 @@ class Meter:
         self.waited += time.perf_counter() - asked
         for why in filter(None, batch.pop("skipped")):
             print(f"skipped: {why}", file=sys.stderr)
-            self.missed += 1
+            self.skipped_here += 1
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
     def add(self, loss):
@@ -341,11 +341,24 @@ class Meter:
 
     def read(self):
         """Mean loss over steps and ranks, seconds. Waits for the device, as nothing else in the loop does."""
-        sums = torch.stack([self.loss, torch.tensor(float(self.missed), device=self.device)])
+        sums = torch.stack([self.loss, torch.tensor(float(self.skipped_here), device=self.device)])
         if dist.is_initialized():
             dist.all_reduce(sums)
         self.skipped += int(sums[1].item())
         return sums[0].item() / self.steps / ranks()[1], time.perf_counter() - self.began
+
+
+def read_log(path):
+    """A run's log.jsonl -> list of dict; lines that a kill cut off, or that are no numbers of ours, are left out."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no log beside the checkpoint; pretrain.py and finetune.py leave one")
+    lines = []
+    for line in path.read_text(errors="replace").splitlines():
+        with suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("step", 0), int):
+                lines.append(row)
+    return lines
 
 
 class Log:
@@ -355,22 +368,14 @@ class Log:
         self.path = path
         if ranks()[0] > 0:
             return
-        lines = path.read_text().splitlines() if step and path.exists() else []
-        lines = [line for line in lines if self.step_of(line) <= step] + [json.dumps(header | {"versions": versions()})]
-        write_whole(path, lambda part: part.write_text("".join(line + "\n" for line in lines)))
+        lines = read_log(path) if step and path.exists() else []
+        lines = [line for line in lines if line.get("step", 0) <= step] + [header | {"versions": versions()}]
+        write_whole(path, lambda part: part.write_text("".join(json.dumps(line) + "\n" for line in lines)))
         print(f"{header['stage']}: {header['samples']} samples, {header['ranks']} rank(s) on {header['device']}, "
               f"{'from step ' + str(step) if step else 'from the start'}; log in {path}", flush=True)
         if torch.cuda.is_available():
             print("the seed fixes samples and masks; on a GPU the weights of two runs may still differ by rounding, "
                   "for it adds in no fixed order", flush=True)
-
-    @staticmethod
-    def step_of(line):
-        """Step of a log line: 0 of a header, infinite of a line that a kill cut off."""
-        try:
-            return json.loads(line).get("step", 0)
-        except ValueError:
-            return math.inf
 
     def training(self, step, **values):
         """Numbers since the last line, and how the run fares."""
@@ -429,14 +434,15 @@ def backward_in_slices(model, learner, batch, count, cast):
     with torch.no_grad(), cast:
         features = [torch.cat(parts).requires_grad_() for parts in zip(*map(learner, slices))]
     loss, weights = learner.loss(*features), [p for p in learner.parameters() if p.requires_grad]
-    *at_features, at_weights = *torch.autograd.grad(loss, features, retain_graph=True), torch.autograd.grad(
-        loss, weights, allow_unused=True)                      # of the weights, the loss itself has but a temperature
+    at_features = torch.autograd.grad(loss, features, retain_graph=True)
+    at_weights = torch.autograd.grad(loss, weights, allow_unused=True)  # the loss itself has but a temperature
     at_slices = zip(*(gradient.split(count) for gradient in at_features))
     for i, (part, gradients) in enumerate(zip(slices, at_slices)):
         last = i == len(slices) - 1
         with nullcontext() if last or model is learner else model.no_sync():
             with cast:
                 again = model(part)
+            # the gradient of Σ f·g is g times f's own: the chain rule, with g from the whole batch
             sent_on = sum((f.float() * g).sum() for f, g in zip(again, gradients) if f.requires_grad)
             if last:
                 sent_on = sent_on + sum((p * g).sum() for p, g in zip(weights, at_weights) if g is not None)

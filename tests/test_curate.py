@@ -13,7 +13,7 @@ from conftest import ROOT, flat, tiny_language_model
 from PIL import Image
 
 import curate
-from clip_load import load_clip
+from clip_load import fingerprint, load_clip
 from curate import Generation, caption_pool, clean, generate, mine, top_captions, union
 from readers import read_index
 
@@ -155,7 +155,7 @@ def test_prompts_differ_by_source(run, flags, world, small_clip):
     tokenizer = Tokenizer(world / "vocab.txt.gz", clip.context_length)
     for source, prompt in (("ac", "the sound of"), ("vc", "a photo of"), ("fc", "a photo of")):
         run("curate.py", *flat(flags | {"--source": source}))
-        bank = np.load(next((world / "banks").glob(f"{source}-*")) / "embeddings.npy")
+        bank = np.load(world / "banks" / f"{source}-{fingerprint(clip)}" / "embeddings.npy")
         text = torch.nn.functional.normalize(clip.encode_text(tokenizer([f"{prompt} {caption_pool(source, world)[0]}"])))
         assert np.abs(bank[0] - text[0].numpy()).max() < 2e-3
 

@@ -2,11 +2,13 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -415,9 +417,16 @@ def test_statistics_are_those_of_all_values(world):
     assert std == pytest.approx(everything.std(correction=0).item(), abs=1e-5)
 
 
-def test_the_stats_command_prints_flags_to_paste(run, world):
+def test_the_stats_command_prints_flags_to_paste_and_leaves_out_what_it_cannot_read(run, world, tmp_path):
     done = run("data.py", "stats", "--data", world, "--sample-rate", "16000", "--mels", "32", "--frames", "100")
     assert "64 clips at 16000 Hz" in done.stdout and "--mean -" in done.stdout and "--std " in done.stdout
+    broken = tmp_path / "broken"
+    shutil.copytree(world, broken)
+    first, second = (clip.audio for clip in read_index(broken / "train.jsonl")[:2])
+    Path(first).write_bytes(b"no sound")
+    soundfile.write(second, np.zeros(16_000), 16_000)
+    done = run("data.py", "stats", "--data", broken, "--sample-rate", "16000", "--mels", "32", "--frames", "100")
+    assert "62 clips at 16000 Hz" in done.stdout and first in done.stderr and second in done.stderr
     for flag, reason in (("--frames", "--mels and --frames are at least 1"), ("--sample-rate", "--sample-rate is in Hz")):
         done = run("data.py", "stats", "--data", world, flag, "0", check=False)
         assert done.returncode == 1 and reason in done.stderr and "Traceback" not in done.stderr

@@ -19,7 +19,6 @@ from evaluate import (
     Model,
     average_precision,
     chance_map,
-    hear,
     interval,
     line_fit,
     mean_average_precision,
@@ -28,9 +27,9 @@ from evaluate import (
     pivotability,
     ranking,
     retrieval_metrics,
-    windows,
     zero_shot,
 )
+from listen import hear, windows
 from pretrain import top1_hits
 from train import save_checkpoint
 
@@ -488,3 +487,9 @@ def test_search_without_sounds_or_words_says_so(run, checkpoint, tmp_path):
     done = run("evaluate.py", "--task", "search", "--audio", tmp_path / "empty", "--query", "x", "--checkpoint",
                checkpoint(), check=False)
     assert done.returncode == 1 and "no audio file in it" in done.stderr
+
+
+def test_pictures_are_drawn_of_a_checkpoint_that_has_no_log(run, world, checkpoint, tmp_path):
+    run("figures.py", "--data", world, "--checkpoint", checkpoint(), "--out", tmp_path / "drawn", "--clips", 24)
+    assert {path.name for path in (tmp_path / "drawn").iterdir()} == {
+        "idea.png", "spectrogram.png", "grid.png", "similarity.png", "retrieval.png"}

@@ -183,6 +183,10 @@ def test_bad_input_is_named(run, started, small_clip, tmp_path):
     torch.save(other, tmp_path / "other.pt")
     done = run("finetune.py", *flat(started | {"--source": "gc", "--clip": tmp_path / "other.pt"}), check=False)
     assert done.returncode == 1 and "not the CLIP that" in done.stderr and "--clip" in done.stderr
+    done = run("finetune.py", *flat(started | {"--source": "gc", "--vocab": tmp_path / "moved.txt.gz"}), check=False)
+    assert done.returncode == 1 and "moved.txt.gz" in done.stderr  # a flag is not overruled by the checkpoint
+    done = run("finetune.py", *flat(started | {"--source": "gc", "--milestones": "2e;5"}), check=False)
+    assert done.returncode == 1 and "--milestones 2e;5: needed are numbers" in done.stderr
 
 
 def test_the_ladder_weighs_each_claim_over_seeds(run, tmp_path):
