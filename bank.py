@@ -33,7 +33,7 @@ from processes import (
     write_whole,
 )
 
-DONE, UNREADABLE = 1, 2  # state of a row; 0: to do
+TO_DO, DONE, UNREADABLE = 0, 1, 2  # state of a row
 
 
 class Readable(torch.utils.data.Dataset):
@@ -65,7 +65,7 @@ def embed(items, read, encode, out, state, device, workers, description=None, un
     """
     rank, size = ranks()
     todo = np.arange(rank, len(state), size)  # a rank's share depends on no other rank's progress
-    todo = todo[np.asarray(state)[todo] == 0]
+    todo = todo[np.asarray(state)[todo] == TO_DO]
     if not len(todo):
         return
     loader = DataLoader(Readable(items, read), 128, sampler=todo.tolist(), num_workers=workers,
@@ -77,7 +77,7 @@ def embed(items, read, encode, out, state, device, workers, description=None, un
                 features = encode(*(tensor.to(device) for tensor in tensors))                # (B, D)
                 features = F.normalize(features.float(), dim=1) if unit else features.float()
                 out[rows] = features.cpu().numpy()
-                state[rows] = DONE
+                state[rows] = DONE  # after its rows: who is killed in between does them again
             for row, reason in zip(bad, reasons):
                 state[row] = UNREADABLE
                 bar.write(f"skipped: {reason}", file=sys.stderr)
@@ -90,15 +90,15 @@ def embed_all(items, read, encode, dimensions, device, workers=0, description=No
     embed(items, read, encode, out, state, device, workers, description, unit=unit)
     out, state = torch.from_numpy(out).to(device), torch.from_numpy(state).to(device)
     if dist.is_initialized():
-        dist.all_reduce(out)
+        dist.all_reduce(out)  # a sum: one rank filled a row, the others left it 0
         dist.all_reduce(state)
     return out.cpu(), state.cpu() == DONE
 
 
-def is_unit(rows):
-    """Which rows (..., D) have length 1, but for the rounding of fp16 -> (...,) bool; one that holds NaN has not."""
-    rows = rows.astype(np.float32)
-    return np.abs((rows * rows).sum(-1) - 1) < 0.01
+def is_unit(vectors):
+    """Which vectors (..., D) have length 1, but for the rounding of fp16 -> (...,) bool; one that holds NaN has not."""
+    vectors = vectors.astype(np.float32)
+    return np.abs((vectors * vectors).sum(-1) - 1) < 0.01
 
 
 class Bank:
@@ -111,13 +111,13 @@ class Bank:
     def __reduce__(self):  # a worker process opens the file itself
         return Bank, (self.path, self.rows, self.starts)
 
-    def of(self, clip):
-        """Rows that belong to a clip; empty if none of its frames could be read."""
-        return self.rows[self.starts[clip]:self.starts[clip + 1]]
+    def of(self, i):
+        """Rows that belong to clip i; empty if none of its frames could be read."""
+        return self.rows[self.starts[i]:self.starts[i + 1]]
 
-    def draw(self, clip, rng):
-        """One of a clip's embeddings -> (D,) float32. Raises ValueError where it is none."""
-        row = rng.choice(self.of(clip))
+    def draw(self, i, rng):
+        """One of clip i's embeddings -> (D,) float32. Raises ValueError where its length is not 1."""
+        row = rng.choice(self.of(i))
         target = self.embeddings[row]
         if not is_unit(target):
             raise ValueError(f"{self.path}: row {row} is not a unit vector, so the file is damaged; delete its folder "
@@ -147,7 +147,7 @@ def shared_arrays(folder, note, made_of, arrays):
         lock = Claim(folder / "lock", wait=True)
         fits = note.exists() and note.read_bytes() == made_of.encode()
         if not (fits and all(is_array(paths[name], *kind) for name, kind in arrays.items())):
-            note.unlink(missing_ok=True)
+            note.unlink(missing_ok=True)  # written last: arrays without it are not whole
             for name, kind in arrays.items():
                 new_array(paths[name], *kind)
             write_whole(note, lambda part: part.write_text(made_of))
@@ -166,12 +166,12 @@ def stored(folder, made_of, items, read, encode, dimensions, device, workers=0):
     folder, (rank, size) = Path(folder), ranks()
     arrays = {"embeddings": (np.float16, (len(items), dimensions)), "state": (np.uint8, (len(items),))}
     with shared_arrays(folder, "bank.json", made_of, arrays) as (embeddings, state):
-        rows, done = embeddings[rank::size], state[rank::size]  # this rank's share, as `embed` cuts it
-        done[done != DONE] = 0  # what could not be read last time is tried again, and named again
-        for i in range(0, len(done), 2 ** 16):  # what a power cut lost is made again
-            done[i:i + 2 ** 16][~is_unit(rows[i:i + 2 ** 16])] = 0
+        vectors, states = embeddings[rank::size], state[rank::size]  # this rank's share, as `embed` cuts it
+        states[states != DONE] = TO_DO  # what could not be read last time is tried again, and named again
+        for i in range(0, len(states), 2 ** 16):  # what a power cut lost is made again; in pieces, to spare memory
+            states[i:i + 2 ** 16][~is_unit(vectors[i:i + 2 ** 16])] = TO_DO
         embed(items, read, encode, embeddings, state, device, workers, f"bank {folder}")
-        assert done.all(), "everything is embedded or unreadable by now"
+        assert states.all(), "everything is embedded or unreadable by now"
     return folder / "embeddings.npy", np.asarray(state) == DONE
 
 
@@ -181,14 +181,16 @@ def frame_bank(folder, clips, clip, device, workers):
     It is made anew when a file changes (names, sizes, times). Raises ValueError where over 1 % of the clips have no
     readable frame.
     """
-    frames, digest = [frame for c in clips for frame in c.frames], hashlib.sha256(str(clip.image_size).encode())
-    for frame in frames if ranks()[0] == 0 else []:  # who alone compares it
-        digest.update(f"{frame} {stamp(frame) if os.path.exists(frame) else None}\n".encode())
+    frames = [frame for c in clips for frame in c.frames]
+    digest = hashlib.sha256(str(clip.image_size).encode())
+    if ranks()[0] == 0:  # in shared_arrays only rank 0 compares it
+        for frame in frames:
+            digest.update(os.fsencode(f"{frame} {stamp(frame)}\n"))
     made_of = {"clip": fingerprint(clip), "files": digest.hexdigest(), "frames": len(frames), "clips": len(clips)}
     path, done = stored(folder, made_of, frames, partial(load_image, size=clip.image_size), clip.encode_image,
                         clip.visual.proj.shape[1], device, workers)
     rows = np.flatnonzero(done)
-    starts = np.searchsorted(rows, np.cumsum([0] + [len(c.frames) for c in clips]))
+    starts = np.searchsorted(rows, np.cumsum([0] + [len(c.frames) for c in clips]))  # (N + 1,) positions in `rows`
     empty = int((np.diff(starts) == 0).sum())
     if ranks()[0] == 0 and len(rows) < len(frames):
         print(f"{folder}: {len(frames) - len(rows)} of {len(frames)} frames unreadable, {empty} of {len(clips)} clips "

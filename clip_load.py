@@ -1,10 +1,10 @@
 """The way in from OpenAI: tokenizer, verified download, weights, and CLIP's eye made an ear (§3.2.1, Fig. 4).
 
     python clip_load.py                      # fetch ViT-B/32 and the vocabulary into ~/.cache/clip
-    python clip_load.py --model ViT-B/16     # or a larger eye
+    python clip_load.py --model ViT-B/16     # or an eye with finer patches
     python clip_load.py import-vipant 00071478.pth out/authors.pt      # the authors' checkpoint, for evaluate.py
 
-C, D, (h, w), T, F as in model.py; N texts of length L.
+B, C, D, P, T, F as in model.py; h×w: a grid of patches; N texts of length L.
 """
 import argparse
 import functools
@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import FrontEnd
-from model import CLIP, VisionTransformer
+from model import CLIP, LOG_SCALE, VisionTransformer
 from processes import run
 
 CACHE = Path.home() / ".cache" / "clip"
@@ -58,6 +58,16 @@ def byte_symbols():
     printing = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printing]
     return {byte: chr(byte) for byte in printing} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def merged(units, pair):
+    """A word's units with every occurrence of a pair, from the left, made one."""
+    found = []
+    while units:
+        take = 2 if tuple(units[:2]) == pair else 1
+        found.append("".join(units[:take]))
+        units = units[take:]
+    return found
 
 
 class Tokenizer:
@@ -101,12 +111,7 @@ class Tokenizer:
             best = min(itertools.pairwise(units), key=lambda pair: self.rank.get(pair, math.inf))
             if best not in self.rank:
                 break
-            merged = []
-            while units:  # every occurrence of that pair, from the left
-                take = 2 if tuple(units[:2]) == best else 1
-                merged.append("".join(units[:take]))
-                units = units[take:]
-            units = merged
+            units = merged(units, best)
         return [self.ids[unit] for unit in units]
 
     def encode(self, text):
@@ -193,8 +198,9 @@ def cached(name, fetch=False):
 
 # ------------------------------------------------------------------------------------- weights
 
+# What reading a file can raise in which one bit is flipped.
 BROKEN = (pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, EOFError, AttributeError, ImportError, LookupError,
-          TypeError, ValueError, ArithmeticError, RuntimeError, MemoryError, AssertionError)  # by one flipped bit
+          TypeError, ValueError, ArithmeticError, RuntimeError, MemoryError, AssertionError)
 
 
 class Record:
@@ -211,7 +217,7 @@ class Record:
     def __setitem__(self, key, value):
         self.state[key] = value
 
-    def extend(self, values):
+    def extend(self, values):  # pickle fills subclasses of list by it, or by append
         pass
 
     append = extend
@@ -250,12 +256,13 @@ class ArchiveReader(pickle.Unpickler):
             return lambda tensor, *_: tensor
         if module == "torch" and name in STORAGES:
             return STORAGES[name]
-        if name in PLAIN if module in ("builtins", "__builtin__") else module.split(".")[0] in HARMLESS:
+        harmless = name in PLAIN if module in ("builtins", "__builtin__") else module.split(".")[0] in HARMLESS
+        if harmless:
             return Record
         raise pickle.UnpicklingError(f"it wants {module}.{name}, which weights have no use for; refused")
 
     def persistent_load(self, pid):
-        _, dtype, key, _, numel = pid
+        _, dtype, key, _, numel = pid  # "storage", what find_class made of its type, file, device, length
         if key not in self.storages:
             if self.archive.getinfo(f"{self.folder}data/{key}").compress_type != zipfile.ZIP_STORED:
                 raise ValueError(f"storage {key} is compressed, as PyTorch's never are")  # few bytes could fill memory
@@ -300,6 +307,11 @@ def tensors_of(module, prefix=""):
     return found
 
 
+def count_blocks(state, prefix):
+    """Number of residual blocks whose weights the state dict holds under `prefix`."""
+    return sum(key.startswith(prefix + "resblocks.") and key.endswith(".ln_1.weight") for key in state)
+
+
 def load_clip(path, device="cpu"):
     """OpenAI's TorchScript archive or a plain state dict -> CLIP in fp32, in evaluation mode, frozen.
 
@@ -322,11 +334,6 @@ def load_clip(path, device="cpu"):
     return clip.float().eval().requires_grad_(False).to(device)
 
 
-def count_blocks(state, prefix):
-    """Number of residual blocks whose weights the state dict holds under `prefix`."""
-    return sum(key.startswith(prefix + "resblocks.") and key.endswith(".ln_1.weight") for key in state)
-
-
 def fingerprint(module):
     """Short hex digest of a module's weights: which CLIP made a bank, which one a checkpoint belongs to."""
     digest = hashlib.sha256()
@@ -347,22 +354,22 @@ def resize_positions(pos, grid, new_grid):
     """(1 + h·w, C) positions of an h×w grid -> (1 + h2·w2, C): bilinear; the class token keeps its own."""
     patches = pos[1:].reshape(1, *grid, -1).permute(0, 3, 1, 2)                                 # (1, C, h, w)
     patches = F.interpolate(patches, size=new_grid, mode="bilinear", align_corners=False)       # (1, C, h2, w2)
-    return torch.cat([pos[:1], patches.flatten(2).permute(0, 2, 1)[0]])                         # (1 + h2·w2, C)
+    return torch.cat([pos[:1], patches[0].flatten(1).T])                                        # (1 + h2·w2, C)
 
 
-def blank_audio_encoder(clip, frames=1000, mels=128, stride=(16, 24)):
+def blank_audio_encoder(clip, frames=FrontEnd.frames, mels=FrontEnd.mels, stride=(16, 24)):
     """The audio encoder with random weights, (B, 1, T, F) -> (B, D): what VA-Rand starts from (§4)."""
     return VisionTransformer(**(clip.visual.config | {"input_size": (frames, mels), "stride": stride, "channels": 1}))
 
 
 def inherit(encoder, state, grid):
-    """Load weights whose positions are those of another grid into an encoder; returns it, where the weights are."""
+    """Load weights whose positions are those of another grid into an encoder; returns it, on their device."""
     positions = resize_positions(state["positional_embedding"], grid, encoder.grid)
     encoder.load_state_dict(state | {"positional_embedding": positions})
     return encoder.to(positions.device)
 
 
-def audio_encoder_from_clip(clip, frames=1000, mels=128, stride=(16, 24)):
+def audio_encoder_from_clip(clip, frames=FrontEnd.frames, mels=FrontEnd.mels, stride=(16, 24)):
     """CLIP's visual tower with the paper's three changes, (B, 1, T, F) -> (B, D) (§3.2.1)."""
     encoder = blank_audio_encoder(clip, frames, mels, stride)  # 1. patches overlap: stride below the kernel's size
     kernel = clip.visual.conv1.weight.mean(1, keepdim=True)    # 2. averaged over colours: (C, 3, P, P) -> (C, 1, P, P)
@@ -378,11 +385,12 @@ def lengthen(encoder, frames):
 
 # --------------------------------------------------------------------- the authors' checkpoints
 
+# Their audio head's names -> those of CLIP's visual tower; the first that fits counts.
 AUTHORS = {"encoder.": "transformer.", "pre_encoder.ln.": "ln_pre.", "pre_encoder.": "", "post_encoder.ln.": "ln_post.",
-           "post_encoder.": "", "misc.": "", "": ""}  # how their audio head names what CLIP's visual tower names
+           "post_encoder.": "", "misc.": "", "": ""}
 
 
-def import_vipant(path, clip, mels=128, stride=(16, 24)):
+def import_vipant(path, clip, mels=FrontEnd.mels, stride=(16, 24)):
     """A checkpoint of the authors' -> encoder config, "learner" state and front end, as our checkpoints hold them.
 
     Their file is {"cfg": settings, "model": (image, audio, text, loss)} of state dicts; the kernel has 3 channels,
@@ -399,11 +407,12 @@ def import_vipant(path, clip, mels=128, stride=(16, 24)):
         state["conv1.weight"] = state["conv1.weight"].mean(1, keepdim=True)          # (C, 3, P, P) -> (C, 1, P, P)
         C, _, patch, _ = state["conv1.weight"].shape
         rows = (len(state["positional_embedding"]) - 1) // ((mels - patch) // stride[1] + 1)
+        # several numbers of frames give so many rows: the usual one, else the smallest
         frames = 1000 if (1000 - patch) // stride[0] + 1 == rows else patch + stride[0] * (rows - 1)
         encoder = VisionTransformer((frames, mels), patch, stride, channels=1, width=C, heads=C // 64,
                                     layers=count_blocks(state, "transformer."), output_dim=state["proj"].shape[1])
         encoder.load_state_dict(state)
-        log_scale = next((value for key, value in loss.items() if key.endswith("logit_scale")), math.log(1 / 0.07))
+        log_scale = next((value for key, value in loss.items() if key.endswith("logit_scale")), LOG_SCALE)
         learner = {f"audio_encoder.{key}": value for key, value in encoder.state_dict().items()}
         learner["log_scale"] = torch.as_tensor(log_scale).float().reshape(())
         if not all(value.isfinite().all() for value in learner.values()):

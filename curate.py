@@ -41,20 +41,21 @@ from readers import (
 )
 from train import Training, parse, setting
 
-PROMPTS = {"ac": PROMPT, "fc": "a photo of", "vc": "a photo of"}  # put before a caption for mining (Table 2)
+MINED = {"ac": PROMPT, "fc": "a photo of", "vc": "a photo of"}  # mined sources: what is put before captions (Table 2)
 PAPER_PAIRS = {"ac": 1_080_078, "fc": 1_224_621, "vc": 1_172_276, "rc": 44_118, "gl": 120_816, "gc": 44_118}
 SOURCES = list(PAPER_PAIRS)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the paper mines (Table 2); the command line is derived from this."""
+    """Mining, and what the paper mines (Table 2); the command line is derived from this."""
     source: str = setting("", "ac: AudioCaps' and Clotho's captions; fc: generated ones; vc: MSCOCO's; rc: random "
                           "ones; gl: AudioSet's labels; gc: gold ones", SOURCES)
     data: str = setting("", "folder of the clips; empty: audioset for ac, fc, vc, audiocaps for rc, gl, gc")
     clip: str = setting(Training.clip, "one of OpenAI's names, or a path to weights")
     vocab: str = setting(Training.vocab, "the tokenizer's vocabulary")
     leave_out: str = setting("data/audiocaps", "as in pretrain.py: folder of AudioCaps' tables, or none")
+    # differs from the paper (§3.3: "a video frame", "the top candidate captions"): ten for each of four, as theirs
     k: int = setting(10, "captions that each frame picks; a clip's set is the union over its frames")
     threshold: float = setting(-1.0, "leave out captions whose cosine with the frame is below this")
     seed: int = setting(0, "of rc's random captions")
@@ -70,7 +71,7 @@ TOY_CURATION = Settings(data="toy", clip=TOY.clip, vocab=TOY.vocab, leave_out="n
 
 def folder_of(source, data):
     """Where a source's clips lie, unless `data` says so: what is mined is AudioSet's. Raises FileNotFoundError."""
-    return dataset_folder(data or ("audioset" if source in PROMPTS else "audiocaps"))
+    return dataset_folder(data or ("audioset" if source in MINED else "audiocaps"))
 
 
 # ------------------------------------------------------------------------------------- the pool
@@ -102,8 +103,9 @@ def caption_pool(source, folder):
 # -------------------------------------------------------------------------------------- mining
 
 GROUP = 64  # captions of which only the best one is looked at first
-# Of what a shortlist is computed in: the captions it holds beyond k, and how far rounding may move a cosine besides
-# the sum's rounding: unit vectors of fp16 are exact in fp16, but a cosine is kept in it; bf16 rounds both vectors, too.
+# What a shortlist is computed in -> how many captions it holds beyond k, and how far rounding may shift its cosines,
+# the fp32 sum's own rounding aside. fp16 holds the vectors as they are and rounds the cosine (2^-11); bf16 rounds both
+# vectors and the cosine (2^-8 each).
 ROUGH = {torch.float32: (6, 0.0), torch.float16: (6, 2.0 ** -11), torch.bfloat16: (22, 2.0 ** -7 + 2.0 ** -8)}
 
 
@@ -130,7 +132,8 @@ def shortlist(queries, captions, size, columns, rough):
     gpu, device, chunk = queries.device.type == "cuda", queries.device, min(columns, len(captions))
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # sums of fp16 products stay fp32
     queries = queries.to(rough)
-    tile, panel = (len(queries), -(-chunk // GROUP) * GROUP) if gpu else (1024, 1024)  # a CPU likes small products
+    # -(-a // b) is a / b rounded up; a CPU likes small products
+    tile, panel = (len(queries), -(-chunk // GROUP) * GROUP) if gpu else (1024, 1024)
     room = queries.new_empty(-(-chunk // panel) * min(tile, len(queries)) * panel)  # fresh memory each time is slow
     best = [None] * -(-len(queries) // tile)
     for start in range(0, len(captions), chunk):
@@ -144,9 +147,8 @@ def shortlist(queries, captions, size, columns, rough):
             groups = block.unflatten(2, (-1, GROUP))                                           # (c/p, b, p/64, 64)
             nearest = groups.amax(3).transpose(0, 1).flatten(1)                                      # (b, c/64)
             chosen = nearest.topk(min(size, nearest.shape[1]), sorted=False).indices                 # (b, s)
-            each, row = groups.shape[2], torch.arange(len(some), device=device)[:, None]
-            at = (chosen // each * len(some) + row) * each + chosen % each  # where (c/p, b, p/64) has them, flattened
-            members = groups.view(-1, GROUP)[at].flatten(1).float()                                  # (b, s·64)
+            each, row = groups.shape[2], torch.arange(len(some), device=device)[:, None]             # groups a panel
+            members = groups[chosen // each, row, chosen % each].flatten(1).float()                  # (b, s·64)
             cosine, at = members.topk(min(size, len(part)))                                          # (b, size)
             index = start + chosen.gather(1, at // GROUP) * GROUP + at % GROUP
             if start:
@@ -154,8 +156,7 @@ def shortlist(queries, captions, size, columns, rough):
                 cosine, keep = cosine.topk(min(size, cosine.shape[1]))                               # (b, size)
                 index = index.gather(1, keep)
             best[i] = cosine, index
-    cosines, indices = (torch.cat(parts) for parts in zip(*best))
-    return cosines, indices
+    return tuple(torch.cat(parts) for parts in zip(*best))
 
 
 def top_captions(images, captions, k, columns=65_536, device="cpu", rough=None):
@@ -175,7 +176,7 @@ def top_captions(images, captions, k, columns=65_536, device="cpu", rough=None):
     index = index.sort(1).values                     # so that a stable sort by cosine leaves ties in order
     exact = []
     for part, near in zip(queries.split(256), index.split(256)):
-        near = rows_of(captions, near, device).float().double()  # a detour that is six times faster  (256, size, D)
+        near = rows_of(captions, near, device).float().double()  # by way of fp32: six times faster   (256, size, D)
         exact.append((part.double()[:, None] @ near.transpose(1, 2))[:, 0])                          # (256, size)
     exact, order = torch.cat(exact).sort(dim=1, descending=True, stable=True)
     cosines, indices = exact[:, :k].float().cpu().numpy(), index.gather(1, order)[:, :k].cpu().numpy()
@@ -222,7 +223,7 @@ def union(cosines, indices, threshold):
     best = {}
     for cosine, index in zip(cosines.ravel().tolist(), indices.ravel().tolist()):
         if cosine >= threshold:
-            best[index] = max(cosine, best.get(index, -2.0))
+            best[index] = max(cosine, best.get(index, cosine))
     order = sorted(best, key=lambda index: (-best[index], index))
     return order, [best[index] for index in order]
 
@@ -244,7 +245,7 @@ def with_captions(source, clips, folder, seed):
     """Gold clips as rc, gl and gc pair them: with random captions, with labels, with their own."""
     if source == "gc":
         return clips
-    if source == "rc":  # differs from the paper ("from AC"): its 44,118 pairs are AudioCaps', the alignment broken
+    if source == "rc":  # as Table 2 says: AudioCaps' pairs, the alignment broken; §3.3 has "a random caption from AC"
         pool, rng = [caption for clip in clips for caption in clip.captions], np.random.default_rng(seed)
         return [replace(clip, captions=(pool[i],)) for clip, i in zip(clips, rng.integers(len(pool), size=len(clips)))]
     audioset = folder.parent / "audioset"
@@ -289,9 +290,8 @@ def preview(path, clips, found, count):
             with Image.open(clips[i].middle_frame) as image:
                 axes.imshow(image.convert("RGB"))
         axes.axis("off")
-        lines = [f"{f'{score:.3f}  ' if scores else ''}{text}"
-                 for text, score in zip(texts[:6], scores or [0] * len(texts))]
-        axes.text(1.05, 0.5, "\n".join([clips[i].id, *lines]), transform=axes.transAxes, va="center", fontsize=8,
+        lines = [f"{score:.3f}  {text}" for score, text in zip(scores, texts)] if scores else texts
+        axes.text(1.05, 0.5, "\n".join([clips[i].id, *lines[:6]]), transform=axes.transAxes, va="center", fontsize=8,
                   parse_math=False)
     figure.savefig(path, dpi=120)
     print(f"to look at: {path}")
@@ -305,7 +305,7 @@ def mined_captions(settings, folder, device):
     clip = load_clip(cached(settings.clip), device)
     tokenizer, name = Tokenizer(settings.vocab, clip.context_length), fingerprint(clip)
     frames = frame_bank(banks / f"train-{name}", clips, clip, device, settings.workers)
-    texts = [f"{PROMPTS[source]} {caption}" for caption in pool]
+    texts = [f"{MINED[source]} {caption}" for caption in pool]
     embedded = text_embeddings(banks / f"{source}-{name}", texts, clip, tokenizer, device)
     made_of = {"frames": frames.path.with_name("bank.json").read_text(),
                "pool": embedded.with_name("bank.json").read_text(),
@@ -326,7 +326,7 @@ def mined_captions(settings, folder, device):
 
 def curate(settings, device):
     """Make <folder>/<source>.jsonl and say how many pairs it holds."""
-    source, mined = settings.source, settings.source in PROMPTS
+    source, mined = settings.source, settings.source in MINED
     folder = folder_of(source, settings.data)
     index = folder / f"{source}.jsonl"
     lock = Claim(f"{index}.lock") if ranks()[0] == 0 else None

@@ -33,6 +33,20 @@ class Silent(Unreadable):
 LONGEST = 6 * 3600  # seconds of a file that is read whole
 
 
+def check_rate(path, rate):
+    """Raises Unreadable where a file's header names a rate (Hz) that no recording has."""
+    if not 1000 <= rate <= 1_000_000:
+        raise Unreadable(f"{path}: says it has {rate} samples a second; is its header damaged?")
+
+
+def resample(wave, rate, new_rate):
+    """Waveform (S,) at another rate in Hz, by a filter without delay; odd ratios are met to one in a thousand."""
+    if rate == new_rate:
+        return wave
+    ratio = Fraction(new_rate, rate).limit_denominator(1000)  # exact for usual rates; odd ones need huge filters
+    return torchaudio.functional.resample(wave, ratio.denominator, ratio.numerator)
+
+
 def load_audio(path, sample_rate, seconds=None, start=0.0):
     """First channel of an audio file, `seconds` (all by default) from `start` on -> (S,) float32 in [-1, 1].
 
@@ -51,7 +65,7 @@ def load_audio(path, sample_rate, seconds=None, start=0.0):
                 parts.append(file.read(size, dtype="float32", always_2d=True)[:, 0].copy())
                 if len(parts[-1]) < size:
                     break
-            else:
+            else:  # the file goes on
                 if seconds is None:
                     raise Unreadable(f"{path}: longer than {LONGEST // 3600} hours; cut it")
     except (OSError, RuntimeError, TypeError, UnicodeError) as error:  # soundfile's; a .raw file; a name not in UTF-8
@@ -66,20 +80,6 @@ def load_audio(path, sample_rate, seconds=None, start=0.0):
     if wave.min() == wave.max():
         raise Silent(f"{path}: silent (every sample of its first channel is equal)")
     return resample(torch.from_numpy(wave), rate, sample_rate).clamp(-1, 1)
-
-
-def check_rate(path, rate):
-    """Raises Unreadable where a file's header names a rate (Hz) that no recording has."""
-    if not 1000 <= rate <= 1_000_000:
-        raise Unreadable(f"{path}: says it has {rate} samples a second; is its header damaged?")
-
-
-def resample(wave, rate, new_rate):
-    """Waveform (S,) at another rate in Hz, by a filter without delay; odd ratios are met to one in a thousand."""
-    if rate == new_rate:
-        return wave
-    ratio = Fraction(new_rate, rate).limit_denominator(1000)  # exact for usual rates; odd ones need huge filters
-    return torchaudio.functional.resample(wave, ratio.denominator, ratio.numerator)
 
 
 def floating(waves):
@@ -107,10 +107,11 @@ def window_and_mel_bins(sample_rate, mels, device):
     edges = low + torch.arange(mels + 2) * width     # (F + 2,) float32, as Kaldi's: in double they differ by 1e-5
     left, centre, right = edges[:-2], edges[1:-1], edges[2:]                         # (F,)
     mel = 1127 * (1 + torch.arange(fft // 2 + 1)[:, None] * (sample_rate / fft) / 700).log()  # (FFT bins, 1)
-    bins = torch.minimum((mel - left) / (centre - left), (right - mel) / (right - centre)).clamp(min=0)
+    rising, falling = (mel - left) / (centre - left), (right - mel) / (right - centre)   # (FFT bins, F)
+    triangles = torch.minimum(rising, falling).clamp(min=0)                          # (FFT bins, F)
     bands = []
-    for band in bins.to(device).tensor_split(4, dim=1):
-        covered = band.any(1).nonzero().flatten().tolist() or [0]
+    for band in triangles.to(device).tensor_split(4, dim=1):                         # (FFT bins, F / 4)
+        covered = band.any(1).nonzero().flatten().tolist() or [0]  # narrow bins may lie between two of the FFT's
         covered = slice(covered[0], covered[-1] + 1)
         bands.append((covered, band[covered].contiguous()))
     return torch.hann_window(length, periodic=False, device=device), fft, bands
@@ -130,16 +131,17 @@ def fbank(waves, sample_rate, mels=128):
     # A CPU's temporaries stay in its cache if it takes some 5 s of sound at a time; a GPU wants many clips at once.
     for x in waves.split(max(1, (2 ** 18 if waves.device.type == "cpu" else 2 ** 25) // waves.shape[1])):
         frames = x.unfold(1, length, shift)                                          # (b, T, 25 ms)
-        frames = frames - frames.mean(2, keepdim=True)  # differs from the paper: contains the waveform's own mean
+        # as Kaldi does. differs from the paper, which takes off the waveform's mean first (§3.2.2): it goes with this
+        frames = frames - frames.mean(2, keepdim=True)
         padded = frames.new_zeros(*frames.shape[:2], fft)                            # (b, T, FFT)
         emphasised = frames[:, :, 1:] - 0.97 * frames[:, :, :-1]  # the first sample needs none: its window is 0
         torch.mul(emphasised, window[1:], out=padded[:, :, 1:length])
         spectrum = torch.fft.rfft(padded)                                            # (b, T, FFT bins)
         power = (spectrum.real.square() + spectrum.imag.square()).flatten(0, 1)      # (b·T, FFT bins)
-        energy = torch.cat([power[:, covered] @ band for covered, band in bands], 1)
+        energy = torch.cat([power[:, covered] @ band for covered, band in bands], 1)  # (b·T, F)
         energy = energy.unflatten(0, frames.shape[:2])                               # (b, T, F)
         out.append(energy.clamp(min=torch.finfo(torch.float32).eps).log())
-    return torch.cat(out)
+    return torch.cat(out)                                                            # (B, T, F)
 
 
 @dataclass(frozen=True)
@@ -162,14 +164,15 @@ class FrontEnd:
         length, shift = window_and_shift(self.sample_rate)
         return (self.frames - 1) * shift + length
 
-    def load(self, path, start=0.0):
-        """Audio file from `start` s on -> (samples,) zero-padded; its length. Raises Unreadable."""
-        return self.padded(load_audio(path, self.sample_rate, self.seconds + 0.1, start))
-
     def padded(self, wave):
         """A waveform's first `samples`, zero-padded on the right; its length."""
         wave = wave[:self.samples]
         return torch.nn.functional.pad(wave, (0, self.samples - len(wave))), len(wave)
+
+    def load(self, path, start=0.0):
+        """Audio file from `start` s on -> (samples,) zero-padded; its length. Raises Unreadable."""
+        # 0.1 s more: the last window reaches 15 ms further, and so does the resampling filter
+        return self.padded(load_audio(path, self.sample_rate, self.seconds + 0.1, start))
 
     def load_window(self, place):
         """The same for a window (path, start) of a long recording, which may be silent for a while."""
@@ -179,10 +182,7 @@ class FrontEnd:
             return torch.zeros(self.samples), self.samples
 
     def __call__(self, waves, lengths):
-        """Padded waveforms (B, samples) float32 or int16, lengths (B,) -> normalised filterbanks (B, 1, T, F).
-
-        The waveform's mean, which the paper subtracts (§3.2.2), goes with each frame's own mean.
-        """
+        """Padded waveforms (B, samples) float32 or int16, lengths (B,) -> normalised filterbanks (B, 1, T, F)."""
         x = fbank(floating(waves), self.sample_rate, self.mels)                      # (B, T, F)
         length, shift = window_and_shift(self.sample_rate)
         heard = 1 + (lengths - length) // shift                                      # (B,) frames
@@ -193,10 +193,11 @@ class FrontEnd:
 
 
 def mask(x, draws):
-    """One band of up to 1/5 of the frames and one of up to 1/4 of the mel bins set to 0 (§3.2.2).
+    """One band of up to 1/5 of the frames and one of up to 1/4 of the mel bins set to 0, the mean (§3.2.2).
 
     x: (B, 1, T, F) normalised filterbanks; draws: (B, 4) uniform in [0, 1): width and place of either band.
     """
+    # differs from the paper, which masks "one-fifth" and "one-forth": widths are drawn, as in the authors' code
     for dim, share, width, place in ((2, 5, draws[:, 0], draws[:, 1]), (3, 4, draws[:, 2], draws[:, 3])):
         size = x.shape[dim]
         width = (width * (size // share)).floor()                                    # (B,)
@@ -219,8 +220,7 @@ def preprocess_image(image, size=224):
     image = image.convert("RGB")
     width, height = image.size
     short = min(width, height)
-    if short != size:
-        image = image.resize((int(size * width / short), int(size * height / short)), Image.Resampling.BICUBIC)
+    image = image.resize((int(size * width / short), int(size * height / short)), Image.Resampling.BICUBIC)
     left, top = round((image.width - size) / 2), round((image.height - size) / 2)
     pixels = np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float32)          # (R, R, 3)
     pixels = (pixels / 255 - np.array(IMAGE_MEAN, np.float32)) / np.array(IMAGE_STD, np.float32)

@@ -50,7 +50,7 @@ from readers import (
 )
 from train import audio_encoder_of, load_checkpoint, read_log, versions
 
-PROMPT = "the sound of"  # §4, "Prompting (usually) helps"
+PROMPT = "the sound of"  # §4.1, "Prompting (usually) helps"
 PROMPTS = {"prompt": PROMPT, "no prompt": ""}
 
 
@@ -59,9 +59,8 @@ PROMPTS = {"prompt": PROMPT, "no prompt": ""}
 def retrieval_ranks(audio, captions, captions_per_clip=5):
     """Ranks from 0 of the right answers, audio to text (N,) and text to audio (M,); caption j belongs to clip j // 5.
 
-    Audio to text takes the best-ranked of a clip's captions; text to audio queries with every caption (§4).
-    A tie counts against the model: a rank is the number of others at least as near, so that embeddings that
-    are all alike score as chance or worse. Raises ValueError (not finite, wrong number of captions).
+    Audio to text takes the best-ranked of a clip's captions; text to audio queries with every caption. A rank is the
+    number of others at least as near. Raises ValueError (not finite, wrong number of captions).
     """
     audio, captions = F.normalize(audio.float(), dim=1), F.normalize(captions.float(), dim=1)
     if not (audio.isfinite().all() and captions.isfinite().all()):
@@ -76,9 +75,9 @@ def retrieval_ranks(audio, captions, captions_per_clip=5):
     return a2t, (similarity >= own).sum(0).flatten() - 1                              # (N,), (M,)
 
 
-def median_rank(ranks):
+def median_rank(rank):
     """Of ranks from 0 -> from 1, as it is reported."""
-    return ranks.float().quantile(0.5).item() + 1
+    return rank.float().quantile(0.5).item() + 1  # median() would take the lower of two
 
 
 def retrieval_metrics(audio, captions, captions_per_clip=5):
@@ -217,7 +216,7 @@ class Model:
     def embed(self, kind, items, load=None):
         """Unit embeddings (N, D) of files of a kind, "audio" or "frames", and which could be read (N,); each made once.
 
-        load: reads items that are no audio files, as sounds.
+        load: how to read a sound, where an item is more than a file's path.
         """
         key = (kind, *items)
         if key not in self.known:
@@ -253,7 +252,7 @@ def on_disk(model, name, folder, need, split):
     here = [clip for clip in clips if all(getattr(clip, key) for key in need)
             and ("audio" not in need or os.path.exists(clip.audio))]
     listed = [clip.id for clip in clips]
-    if name in ("audioset", "audiocaps") and table_file.exists():  # an index holds but what was found
+    if name in ("audioset", "audiocaps") and table_file.exists():  # an index holds only what was found
         found = {(youtube_id(clip.id) or [None])[0] for clip in clips}
         listed += [segment.id for segment in read_segments(table_file) if segment.video not in found]
     there = {clip.id for clip in here}
@@ -289,7 +288,7 @@ def embed_split(model, name, folder, need, split="test"):
     clips, protocol = on_disk(model, name, folder, need, split)
     parts = [model.embed("audio", [clip.audio for clip in clips])] if "audio" in need else []
     parts += [model.embed("frames", [clip.middle_frame for clip in clips])] if "frames" in need else []
-    ok = torch.stack([read for _, read in parts]).all(0)
+    ok = torch.stack([readable for _, readable in parts]).all(0)
     read = list(compress(clips, ok))
     if not read:
         raise ValueError(f"not one of {len(clips)} clips could be read, for example {clips[0].audio}")
@@ -305,11 +304,12 @@ def retrieval(model, name, folder, by="audio"):
     count, values, chance = protocol["captions a clip"], {}, {}
     for variant, prompt in PROMPTS.items():
         texts = model.texts([caption for clip in clips for caption in clip.captions], prompt)
+        values[variant] = {}
         for way, rank in zip(("a2t", "t2a"), retrieval_ranks(features, texts, count)):
             hits = {k: (rank < k).float().view(len(clips), -1).mean(1) for k in (1, 5, 10)}  # share of a clip's queries
-            values.setdefault(variant, {}).update({f"{way}_r{k}": interval(share) for k, share in hits.items()})
+            values[variant] |= {f"{way}_r{k}": interval(share) for k, share in hits.items()}
             values[variant][f"{way}_median"] = median_rank(rank)
-    for k in (1, 5, 10):  # that k captions drawn blindly miss all of a clip's own
+    for k in (1, 5, 10):  # missed: the chance that k captions drawn blindly hold none of a clip's own
         missed = math.prod(max(0, 1 - count / max(1, count * len(clips) - i)) for i in range(k))
         chance |= {f"a2t_r{k}": 100 * (1 - missed), f"t2a_r{k}": 100 * min(1, k / len(clips))}
     return {"protocol": protocol, "chance": chance, "values": values}
@@ -389,6 +389,7 @@ def pivots(model, folder):
 
 TASKS = {  # name -> dataset, function(model, folder) -> {part: result}
     "audiocaps": ("audiocaps", lambda model, folder: {"audiocaps": retrieval(model, "audiocaps", folder)}),
+    # 10 s and 18 s (App. D)
     "clotho": ("clotho", lambda model, folder: {
         f"clotho {ear.front_end.seconds:g} s": retrieval(ear, "clotho", folder) for ear in (model, model.longer(1.8))}),
     "esc50": ("esc50", lambda model, folder: {"esc50": classification(model, "esc50", folder)}),
@@ -397,7 +398,7 @@ TASKS = {  # name -> dataset, function(model, folder) -> {part: result}
     "va": ("audioset", lambda model, folder: {"va": image_audio(model, folder)}),
     "oracle": ("audiocaps", lambda model, folder: {"oracle": retrieval(model, "audiocaps", folder, by="frames")}),
     "pivot": ("audiocaps", lambda model, folder: {"pivot": pivots(model, folder)}),
-    "toy": ("toy", lambda model, folder: {  # in short what the toy world is for; `all` leaves it to its parts
+    "toy": ("toy", lambda model, folder: {  # at the end of pretrain.py; not in `all`, which has each of these by itself
         "audio-text": retrieval(model, "audiocaps", folder),
         "image-text (CLIP itself)": retrieval(model, "audiocaps", folder, by="frames"),
         "zero-shot labels": classification(model, "esc50", folder)}),
@@ -743,7 +744,7 @@ def main():
         return
     if args.task in ("tag", "search"):
         files = recordings(args.audio)
-    elif args.task != "all":  # before a checkpoint is asked for
+    elif args.task != "all":  # a missing dataset is said before a missing checkpoint
         folder = dataset_folder(args.data or ("esc50" if args.task == "scaling" else TASKS[args.task][0]))
     models = [Model(path, args.clip, args.vocab, device, args.workers) for path in paths]  # what is broken shows now
     if args.task == "tag":

@@ -1,4 +1,4 @@
-"""Pictures to look at: the idea, how a training went, what the encoder hears, what it finds (Fig. 1, 4, 5).
+"""Pictures to look at: the idea, how a training went, what the encoder hears, what it finds (Fig. 3, 4, 5).
 
     python figures.py                                       # of the toy's run, beside its checkpoint
     python figures.py --out assets                          # those in README.md
@@ -55,7 +55,7 @@ def show_frame(axes, clip):
 
 
 def idea(path, clip, text, front_end):
-    """Three modalities, and which edges are frozen and which are learned (Fig. 1), around one clip."""
+    """Three modalities, and which edges are frozen and which are learned (Fig. 3), around one clip."""
     figure = blank_figure(9, 4.6)
     figure.set_layout_engine("none")
     axes = figure.add_axes((0, 0, 1, 1))
@@ -95,7 +95,8 @@ def training(path, log):
     lines = read_log(log)
     steps, validations = [row for row in lines if "loss" in row], [row for row in lines if "epoch" in row]
     batch = next((row["settings"]["batch"] for row in lines if "settings" in row), None)
-    left, middle, right = (figure := blank_figure(9, 2.7)).subplots(1, 3)
+    figure = blank_figure(9, 2.7)
+    left, middle, right = figure.subplots(1, 3)
     for axes, name in ((left, "loss"), (middle, "temperature")):
         axes.plot([row["epoch"] for row in steps], [row.get(name, np.nan) for row in steps], color=LEARNED)
         axes.set(xlabel="epoch", title=name)
@@ -123,7 +124,7 @@ def spectrogram(path, clip, front_end):
 
 
 def grid(path, clips, patch=32, stride=(16, 24)):
-    """The paper's tokens on a spectrogram: 61×5 patches of 32×32, 16 frames and 24 mel bins apart (§3.2.1, Fig. 4).
+    """The paper's tokens on a spectrogram: 61×5 patches of 32×32, 16 frames and 24 mel bins apart (§3.2.2, Fig. 4).
 
     What is heard is many of the clips in a row, as much as the paper hears of one.
     """
@@ -206,7 +207,7 @@ def main():
     clips = [clips[i] for i in np.linspace(0, len(clips) - 1, min(args.clips, len(clips))).round().astype(int)]
     texts = [clip.captions[0] if clip.captions else ", ".join(clip.labels) for clip in clips]
     out = Path(args.out or checkpoint.parent)
-    example = 5 * len(clips) // 8
+    example = 5 * len(clips) // 8  # of the toy: three purple stars
     if clips[example].frames:
         idea(out / "idea.png", clips[example], texts[example], model.front_end)
     if (log := checkpoint.with_name("log.jsonl")).exists():  # imported checkpoints have none

@@ -83,7 +83,7 @@ class Settings(Training):
 
     def check(self):
         super().check()
-        if not re.fullmatch(r"( *\d+(\.\d+)?e? *(,|$))*", self.milestones):
+        if not re.fullmatch(r"( *\d+(\.\d+)?e? *(,(?!$)|$))*", self.milestones):
             raise ValueError(f"--milestones {self.milestones}: needed are numbers of steps, or of epochs with an e "
                              f"behind them, separated by commas")
 
@@ -92,12 +92,13 @@ class Settings(Training):
         if not self.milestones:
             return super().lr_factor(step, steps_per_epoch)
         passed = 0
-        for milestone in self.milestones.split(","):
-            at = float(milestone.strip().removesuffix("e"))
-            passed += step >= (at * steps_per_epoch if milestone.strip().endswith("e") else at)
+        for milestone in self.milestones.replace(" ", "").split(","):
+            at = float(milestone.removesuffix("e"))
+            passed += step >= (at * steps_per_epoch if milestone.endswith("e") else at)
         return min(1.0, (step + 1) / max(1, self.warmup_steps)) * 0.5 ** passed
 
 
+# Table 5: ESC50 and US8K; then AudioSet, balanced and unbalanced. SMALL is for a laptop.
 SUPERVISED = {"batch": 50, "epochs": 50, "lr_weights": 1.0, "lr_biases": 2.4e-2}
 TAGGING = {"optimizer": "adam", "lr_weights": 5e-5, "lr_biases": 5e-5, "weight_decay": 1e-7, "warmup_steps": 1000,
            "mixup": 0.5}
@@ -161,7 +162,7 @@ def starting_encoder(settings, clip):
     encoder, front_end = audio_encoder_of(checkpoint, settings.init)
     fixed = asdict(front_end) | {name: encoder.config[name] for name in ("patch", "width", "layers")}
     fixed |= zip(("stride_time", "stride_mel"), encoder.config["stride"])
-    given = {word.split("=")[0] for word in sys.argv}
+    given = {word.split("=")[0] for word in sys.argv}  # a default may differ from the checkpoint, a flag may not
     for name, value in fixed.items():
         flag = f"--{name.replace('_', '-')}"
         if flag in given and getattr(settings, name) != value:
@@ -264,7 +265,7 @@ def finetune_on_captions(settings, device):
         banks.append(frame_bank(place / f"{source}-frames-{mark}-{settings.pairs}-{settings.seed}", clips, clip,
                                 device, settings.workers))
     encoder, front_end, log_scale = starting_encoder(settings, clip)
-    learner = AudioLearner(encoder, front_end).requires_grad_(True)
+    learner = AudioLearner(encoder, front_end).requires_grad_(True)  # a checkpoint's encoder comes frozen
     if log_scale is not None:  # differs from the paper, which does not say: the temperature belongs to what was learned
         learner.log_scale.data.copy_(log_scale)
     name = f"{settings.objective}-{source}" + (f"-{settings.pairs}" if settings.pairs else "")
@@ -289,6 +290,7 @@ class HeadLearner(nn.Module):
         super().__init__()
         self.audio_encoder, self.front_end, self.multi_label = audio_encoder, front_end, multi_label
         dimensions, blocks = audio_encoder.config["output_dim"], audio_encoder.transformer.resblocks
+        # differs from the paper, which has the linear layer alone: a LayerNorm before it, as in the authors' code
         self.head = nn.Sequential(nn.LayerNorm(dimensions), nn.Linear(dimensions, classes))
         learning = min(last_layers, len(blocks)) if last_layers >= 0 else len(blocks)
         audio_encoder.requires_grad_(learning == len(blocks))
@@ -309,7 +311,8 @@ class HeadLearner(nn.Module):
             return F.binary_cross_entropy_with_logits(logits.float(), target)
         return F.cross_entropy(logits.float(), target)
 
-    def guessing(self, batch):
+    def guessing(self, candidates):
+        """As AudioLearner's; inf where clips have several labels: what a guess costs hangs on how frequent they are."""
         return math.inf if self.multi_label else math.log(self.head[1].out_features)
 
     def report(self):
@@ -354,7 +357,7 @@ class LabelledSamples:
     def read(self, i, rng):
         (wave, length), target = self.load(self.paths[i]), self.target(i)
         wave = floating(wave)
-        if rng.random() < self.mixup:
+        if rng.random() < self.mixup:  # differs from the paper, which has no mix-up: as in the authors' code
             share, j = rng.beta(10, 10), int(rng.integers(len(self)))
             other, other_length = self.load(self.paths[j])
             wave, length = share * wave + (1 - share) * floating(other), max(length, other_length)
@@ -423,7 +426,7 @@ def finetune_on_labels(settings, device):
                + (f"-last{settings.last_layers}" if settings.last_layers >= 0 else ""))
     load, workers, count = sound_loader(folder, front_end), settings.workers, sum(map(len, next(iter(rounds.values()))))
     if 4 * front_end.samples * count * max(1, workers) * ranks()[1] < 4e9:  # bytes in all processes
-        load, workers = Remember(load), 0  # 0: for measuring, what this process remembers is free
+        load, workers = Remember(load), 0  # 0: measure here; workers are new at each validation and would forget
     results = {}
     for name, (training, test) in rounds.items():
         place = out / name.replace(" ", "")

@@ -87,12 +87,12 @@ def hear(model, paths, cache):
             batch = [(path, start) for path, starts in pending.items() for start in starts]
             embeddings, ok = model.embed("audio", batch, model.front_end.load_window)
             counts = [len(starts) for starts in pending.values()]
-            for (done, starts), rows, read in zip(pending.items(), embeddings.split(counts), ok.split(counts)):
-                heard[done] = torch.cat([torch.tensor(starts)[:, None], rows], 1)[read]
+            for (file, starts), rows, read in zip(pending.items(), embeddings.split(counts), ok.split(counts)):
+                heard[file] = torch.cat([torch.tensor(starts)[:, None], rows], 1)[read]
                 if read.all() and first:  # what could not be read is tried again next time
-                    write_whole(places[done], partial(save_array, array=heard[done].numpy()))
+                    write_whole(places[file], partial(save_array, array=heard[file].numpy()))
             pending = {}
-            model.known.clear()
+            model.known.clear()  # heard holds them; many hours need not be held twice
     heard = [(path, content[:, 0].tolist(), content[:, 1:]) for path, content in heard.items()
              if content is not None and len(content)]
     if not heard:
@@ -101,13 +101,13 @@ def hear(model, paths, cache):
 
 
 def stretch(start, seconds):
-    """0:10.0-0:20.0"""
+    """A window's place in its recording: 0:10.0-0:20.0."""
     tenths = round(10 * start), round(10 * (start + seconds))
     return "-".join(f"{n // 600}:{n % 600 / 10:04.1f}" for n in tenths)
 
 
 def tag(model, paths, labels, prompt, cache):
-    """Print how likely each label (after the prompt) is for each window of each recording, if one of them fits (Eq. 5)."""
+    """Print the five likeliest labels (after the prompt) of each window of each recording, if one fits (Eq. 5)."""
     texts = model.texts(labels, prompt)                                               # (K, D)
     for path, starts, audio in hear(model, paths, cache):
         chances = (math.exp(model.log_scale) * audio @ texts.T).softmax(1)            # (W, K)

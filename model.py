@@ -3,9 +3,10 @@
 Nothing here is run by itself. `clip_load.py` fills these modules with OpenAI's weights and turns the
 visual tower into the audio encoder, `train.py` trains that.
 
-B  batch              H, W  height, width of an image; for audio: time frames T, mel bins F
-N  tokens             C     width of a Transformer
-L  length of a text   D     width of the space that images, audio and text share
+B  batch              T, F  time frames and mel bins of a sound
+N  tokens             R, P  side of an image and of a patch in pixels
+L  length of a text   C     width of a Transformer
+                      D     width of the space that images, audio and text share
 """
 import math
 
@@ -36,7 +37,7 @@ class Attention(nn.Module):
             q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).split(C, 2)       # 3 × (B, N, C)
         q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))     # (B, heads, ·, C/heads)
         x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)                  # (B, heads, ·, C/heads)
-        return self.out_proj(x.transpose(1, 2).flatten(2))
+        return self.out_proj(x.transpose(1, 2).flatten(2))                                  # (B, ·, C)
 
 
 class MLP(nn.Module):
@@ -145,6 +146,9 @@ class VisionTransformer(nn.Module):
         return 2 * patches * self.conv1.weight.numel() + self.transformer.flops(1 + patches, first_only=True)
 
 
+LOG_SCALE = math.log(1 / 0.07)  # log(1/temperature) at the start, as CLIP's
+
+
 class CLIP(nn.Module):
     """An image and a text encoder into one space (§3.2.1); state-dict keys are OpenAI's."""
 
@@ -154,13 +158,13 @@ class CLIP(nn.Module):
         self.image_size, self.context_length = image_size, context_length
         self.visual = VisionTransformer((image_size, image_size), patch, (patch, patch), channels=3,
                                         width=vision_width, layers=vision_layers,
-                                        heads=vision_width // 64, output_dim=output_dim)
+                                        heads=vision_width // 64, output_dim=output_dim)  # CLIP's heads are 64 wide
         self.token_embedding = nn.Embedding(vocab_size, text_width)
         self.positional_embedding = nn.Parameter(torch.randn(context_length, text_width) * 0.01)
         self.transformer = Transformer(text_width, text_layers, text_width // 64, causal=True)
         self.ln_final = nn.LayerNorm(text_width)
         self.text_projection = nn.Parameter(torch.randn(text_width, output_dim) * text_width ** -0.5)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.logit_scale = nn.Parameter(torch.tensor(LOG_SCALE))
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
     def encode_image(self, images):
@@ -211,8 +215,9 @@ def info_nce(a, b, log_scale):
     a, b = F.normalize(a.float(), dim=1), F.normalize(b.float(), dim=1)  # (B, D)
     rank = dist.get_rank() if dist.is_initialized() else 0
     pair = rank * len(a) + torch.arange(len(a), device=a.device)         # (B,) where a row's partner stands
-    scale = log_scale.exp()                                              # s(a, b) = e^τ cos(a, b)
-    # differs from the paper, which says neither: negatives from all ranks; both directions summed, not halved
+    scale = log_scale.exp()                                              # s(a, b) = cos(a, b) / temperature
+    # Eq. 1's two shares, added. differs from the paper: cross_entropy takes their -log, which Eq. 1 as printed lacks,
+    # and the mean over i, not the sum; negatives, of which it says nothing, are those of all ranks
     return (F.cross_entropy(scale * a @ gather(b).T, pair)               # (B, ranks·B) logits
             + F.cross_entropy(scale * b @ gather(a).T, pair))
 
@@ -247,10 +252,11 @@ class LARS(torch.optim.Optimizer):
             for p in params:
                 if "momentum" not in self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p)
+            # _foreach: all tensors in a few kernels instead of a few each
             momenta = [self.state[p]["momentum"] for p in params]
             updates = torch._foreach_add([p.grad for p in params], params, alpha=group["weight_decay"])
             if group["adapt"]:
-                p_norm = torch.stack(torch._foreach_norm(params))
+                p_norm = torch.stack(torch._foreach_norm(params))                   # (tensors,)
                 g_norm = torch.stack(torch._foreach_norm(updates))
                 ratio = torch.where((p_norm > 0) & (g_norm > 0), group["eta"] * p_norm / g_norm, 1.0)
                 torch._foreach_mul_(updates, ratio.unbind())
@@ -260,7 +266,8 @@ class LARS(torch.optim.Optimizer):
 
 
 def schedule(step, steps, warmup_steps, end=0.001):
-    """Factor on the peak learning rate: linear from 0 over the warm-up, then cosine down to `end` (App. B)."""
+    """Factor on the peak learning rate: linear from 0 over the warm-up (Table 5), then cosine down to `end`."""
+    # differs from the paper, which names no schedule after the warm-up: as in the authors' code
     if step < warmup_steps:
         return step / warmup_steps
     cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))

@@ -7,7 +7,7 @@
 
 bank.py embeds the frames, train.py is the loop; here is what they are given.
 
-B  clips on this rank     D  embedding     N  clips     L  tokens
+B  clips on this rank     D  embedding     N  clips     L  tokens     R  side of an image
 """
 import math
 import os
@@ -57,10 +57,11 @@ class Settings(Training):
                         "data/audioset) with train.jsonl and val.jsonl")
     init: str = setting("clip", "start of the audio encoder: clip is vip-AnT, random is VA-Rand", ["clip", "random"])
     leave_out: str = setting("data/audiocaps", "folder of AudioCaps' tables: its val and test clips are left out of "
-                             "training; none: train on them", free=True)  # the index's digest tells
+                             "training; none: train on them", free=True)  # another choice changes the clips' digest
 
 
-# The paper at half its scale: 64 mel bins, patch 16, overlapping by a quarter. Mean and std are the toy's own.
+# The paper at half its scale: 64 mel bins, patches of 16 pixels (the toy CLIP's), overlapping by a quarter. Mean and
+# std are the toy's own; 62 steps are an epoch.
 TOY = Settings(data="toy", leave_out="none", clip="out/toy/clip/clip.pt", vocab="data/toy/vocab.txt.gz",
                sample_rate=16_000, mels=64, frames=100, mean=-2.21, std=3.51, stride_time=12, stride_mel=12, batch=64,
                epochs=9, warmup_epochs=0.5, lr_weights=5.0, lr_biases=7e-3, workers=1, log_every=62)
@@ -86,8 +87,8 @@ class ClipLearner(nn.Module):
     def loss(self, images, texts):
         return info_nce(images, texts, self.clip.logit_scale)
 
-    def guessing(self, batch):
-        return 2 * math.log(batch)
+    def guessing(self, candidates):
+        return 2 * math.log(candidates)
 
     def report(self):
         return {"temperature": self.clip.logit_scale.neg().exp().item()}
@@ -111,12 +112,12 @@ class PairSamples:
         return {"image": self.images[i], "tokens": self.tokens[i][rng.integers(len(self.tokens[i]))]}
 
 
-def make_toy_world(clip, device):
-    """Make data/toy, and train the toy's CLIP on its image-caption pairs unless it is there or `clip` is another."""
+def make_toy_world(weights, device):
+    """Make data/toy, and train the toy's CLIP on its image-caption pairs unless it is there or `weights` is another."""
     if ranks()[0] == 0 and not Path("data/toy").exists():
         make_toy("data/toy")
     barrier()
-    if clip != TOY.clip or Path(clip).exists():
+    if weights != TOY.clip or Path(weights).exists():
         return
     torch.manual_seed(TOY_CLIP.seed)
     tokenizer = Tokenizer(TOY.vocab, context_length=16)
@@ -130,12 +131,12 @@ def make_toy_world(clip, device):
                               64, device)
         texts, _ = embed_all([c.captions[0] for c in val], lambda text: tokenizer([text])[0], learner.clip.encode_text,
                              64, device)
-        return {f"image->text {k}": v for k, v in top1(images, texts, [c.id for c in val]).items()}
+        return {f"image->text {k}": v for k, v in top1(images, texts, [[c.id] for c in val]).items()}
 
     identity = {"stage": "toy-clip", "data": digest_of(pairs)}
     train(learner, PairSamples(pairs, tokenizer, 64), TOY_CLIP, identity, validate, device)
     if ranks()[0] == 0:
-        save_checkpoint(clip, learner.clip.state_dict())
+        save_checkpoint(weights, learner.clip.state_dict())
     barrier()
 
 
@@ -146,8 +147,8 @@ def top1_hits(queries, gallery, labels):
 
     queries, gallery: (N, D) unit vectors of the same N clips; labels: N collections of labels.
     """
-    sets = [frozenset(label) for label in labels]
-    number = {kind: k for k, kind in enumerate(dict.fromkeys(sets))}
+    sets = [frozenset(each) for each in labels]
+    number = {each: k for k, each in enumerate(dict.fromkeys(sets))}
     kind = torch.tensor([number[each] for each in sets])                                            # (N,)
     best = torch.cat([(part @ gallery.T).argmax(1) for part in queries.split(1024)])               # (N,)
     hit = (kind[best] == kind).float()
@@ -163,7 +164,8 @@ def top1(queries, gallery, labels):
 def training_clips(folder, leave_out):
     """The clips of a folder's training split that have frames, and which of them train: not those AudioCaps tests with.
 
-    Raises FileNotFoundError, ValueError (no clip is left).
+    All of them go into the bank, so that another --leave-out finds it made. Raises FileNotFoundError, ValueError (no
+    clip is left).
     """
     listed = read_split("audioset", folder, "train")
     clips = [clip for clip in listed if clip.audio and clip.frames]
@@ -183,8 +185,8 @@ def training_clips(folder, leave_out):
 
 
 def second_frames(clips, bank):
-    """The embedding of each clip's second frame, the paper's middle one (N, D), and which clips have any (N,)."""
-    rows = [bank.of(i)[:2][-1:] for i in range(len(clips))]
+    """Second frames' embeddings, the paper's middle ones (clips that have any, D), and which clips have any (N,)."""
+    rows = [bank.of(i)[:2][-1:] for i in range(len(clips))]  # the second, or the only one, or none
     has = torch.tensor([len(row) > 0 for row in rows])
     return torch.from_numpy(bank.embeddings[np.concatenate(rows)].astype(np.float32)), has
 
@@ -201,7 +203,8 @@ def frame_retrieval(clips, bank, device, workers):
         if not both.any():
             return {}
         labels = [c.labels for c, use in zip(clips, both) if use]
-        return {f"image->audio {k}": v for k, v in top1(images[heard[has_image]], audio[both], labels).items()}
+        found = top1(images[heard[has_image]], audio[both], labels)  # images has no row for a clip without a frame
+        return {f"image->audio {k}": v for k, v in found.items()}
     return validate
 
 
@@ -218,11 +221,10 @@ def pretrain(settings, device):
     torch.manual_seed(settings.seed)
     start = audio_encoder_from_clip if settings.init == "clip" else blank_audio_encoder
     encoder = start(clip, settings.frames, settings.mels, (settings.stride_time, settings.stride_mel))
-    learner = AudioLearner(encoder, settings.front_end).requires_grad_(True)
+    learner = AudioLearner(encoder, settings.front_end)
     samples = AudioSamples(clips, [train_bank], sound_loader(folder, settings.front_end), train_on)
     identity = {"stage": "pretrain", "data": digest_of([c for c, use in zip(clips, train_on) if use]),
-                "front_end": asdict(settings.front_end), "encoder": encoder.config,
-                "clip": made_with}
+                "front_end": asdict(settings.front_end), "encoder": encoder.config, "clip": made_with}
     train(learner, samples, settings, identity, frame_retrieval(val, val_bank, device, settings.workers), device)
 
 
@@ -232,7 +234,7 @@ def time_steps(settings, device):
     encoder = VisionTransformer((settings.frames, settings.mels), 32, (settings.stride_time, settings.stride_mel),
                                 channels=1, width=768, layers=12, heads=12, output_dim=512)
     train(AudioLearner(encoder, settings.front_end), RandomSamples(settings.front_end, 512), settings,
-          {"stage": "random", "data": ""}, None, device)
+          {"stage": "random", "data": ""}, validate=None, device=device)
 
 
 def main():

@@ -22,6 +22,7 @@ import soundfile
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from clip_load import merged
 from processes import Claim, in_processes
 
 SHAPES = {"circle": "hum", "square": "buzz", "triangle": "rasp", "star": "chirp", "cross": "hiss", "ring": "warble"}
@@ -110,7 +111,7 @@ def sound_thing(thing, loudness, rng):
     elif shape == "star":        # sweeps up
         tone = np.sin(phase * (1 + 3 * since))
     elif shape == "cross":       # noise around the pitch
-        noise = np.fft.rfft(rng.standard_normal(TOY_RATE))
+        noise = np.fft.rfft(rng.standard_normal(TOY_RATE))  # of 1 s: bin i is i Hz
         noise[np.abs(np.log(np.arange(1, len(noise) + 1) / pitch)) > 0.5] = 0
         tone = np.fft.irfft(noise, TOY_RATE)
         tone /= tone.std()
@@ -160,12 +161,7 @@ def write_toy_vocabulary(path):
     while pairs := Counter(pair for units in words.values() for pair in itertools.pairwise(units)):
         best = max(sorted(pairs), key=pairs.get)
         merges.append(best)
-        for word, units in words.items():
-            merged = []
-            while units:
-                take = 2 if tuple(units[:2]) == best else 1
-                merged, units = [*merged, "".join(units[:take])], units[take:]
-            words[word] = merged
+        words = {word: merged(units, best) for word, units in words.items()}
     text = "#version: toy\n" + "".join(f"{left} {right}\n" for left, right in merges)
     path.write_bytes(gzip.compress(text.encode(), mtime=0))
 

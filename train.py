@@ -30,7 +30,14 @@ from torch.utils.data import DataLoader
 from bank import embed_all
 from clip_load import BROKEN, VOCABULARY_PATH
 from data import FrontEnd, Unreadable, mask
-from model import LARS, VisionTransformer, info_nce, parameter_groups, schedule
+from model import (
+    LARS,
+    LOG_SCALE,
+    VisionTransformer,
+    info_nce,
+    parameter_groups,
+    schedule,
+)
 from processes import Claim, barrier, ranks, stamp, worker_starts, write_whole
 
 # ------------------------------------------------------------------------------------ settings
@@ -61,7 +68,7 @@ class Training:
     epochs: int = setting(25, "passes over the training clips")
     steps: int = setting(0, "stop after so many; the same command without it goes on; 0: all epochs", free=True)
     warmup_epochs: float = setting(10.0, "of linear warm-up, then cosine to 0.1 %")
-    lr_weights: float = setting(0.2, "peak, for weights; LARS multiplies it by batch/256")
+    lr_weights: float = setting(0.2, "peak, for weights; with lars times batch/256")
     lr_biases: float = setting(4.8e-3, "the same for biases, norms and temperature")
     weight_decay: float = setting(1e-6, "on weights")
     precision: str = setting("auto", "auto: bf16 where the device is fast at it", ["auto", "bf16", "fp32"])
@@ -85,11 +92,11 @@ class Training:
             for name in names:
                 if getattr(self, name) < least:
                     raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least {least}")
-        a_rank, left = divmod(self.batch, ranks()[1])
+        per_rank, left = divmod(self.batch, ranks()[1])
         if left:
             raise ValueError(f"--batch {self.batch} can't be split over {ranks()[1]} ranks")
-        if self.micro_batch and a_rank % self.micro_batch:
-            raise ValueError(f"--micro-batch {self.micro_batch}: {a_rank} clips a rank can't be cut into such slices")
+        if self.micro_batch and per_rank % self.micro_batch:
+            raise ValueError(f"--micro-batch {self.micro_batch}: {per_rank} clips a rank can't be cut into such slices")
 
 
 def parse(defaults, presets, argv=None, description=None):
@@ -107,6 +114,7 @@ def parse(defaults, presets, argv=None, description=None):
 
 def masked_input(learner, batch):
     """A batch's filterbanks, normalised and masked (B, 1, T, F); learner.input keeps mean, std, share of padding."""
+    # bf16 would round the mel energies
     with torch.no_grad(), torch.autocast(batch["wave"].device.type, enabled=False):
         x = learner.front_end(batch["wave"], batch["length"])                                # (B, 1, T, F)
         padding = 1 - batch["length"].float().mean() / learner.front_end.samples
@@ -120,7 +128,7 @@ class AudioLearner(nn.Module):
     def __init__(self, audio_encoder, front_end):
         super().__init__()
         self.audio_encoder, self.front_end = audio_encoder, front_end
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.log_scale = nn.Parameter(torch.tensor(LOG_SCALE))
 
     def forward(self, batch):
         """Batch -> audio features (B, D), their targets (B, kinds, D)."""
@@ -128,12 +136,12 @@ class AudioLearner(nn.Module):
 
     def loss(self, audio, targets):
         """The contrastive losses with each kind of target, summed: one in pre-training (Eq. 4), two in VAT (App. E)."""
-        self.kinds = targets.shape[1]
+        self.kinds = targets.shape[1]  # for `guessing`
         return sum(info_nce(audio, target, self.log_scale) for target in targets.unbind(1))
 
-    def guessing(self, batch):
-        """The loss of who guesses, each of `batch` candidates alike: log(batch) for each way and kind of target."""
-        return self.kinds * 2 * math.log(batch)
+    def guessing(self, candidates):
+        """The loss of who guesses, each candidate alike: log(candidates) for each way and kind of target."""
+        return self.kinds * 2 * math.log(candidates)
 
     def report(self):
         """Numbers for the log; of the input, the last batch's."""
@@ -156,19 +164,19 @@ class AudioSamples:
 
     def __init__(self, clips, banks, load, train_on=None):
         """load(path) -> waveform, its length. train_on: for each clip whether it is one of the samples; default all."""
-        self.clips = np.array([i for i in range(len(clips)) if (train_on is None or train_on[i])
-                               and all(len(bank.of(i)) for bank in banks)])
-        self.paths = np.array([os.fsencode(clips[i].audio) for i in self.clips])  # one array: forked workers share it
+        self.indices = np.array([i for i in range(len(clips)) if (train_on is None or train_on[i])
+                                 and all(len(bank.of(i)) for bank in banks)])
+        self.paths = np.array([os.fsencode(clips[i].audio) for i in self.indices])  # one array: forked workers share it
         self.banks, self.load = banks, load
         for bank in banks:
             bank.check()
 
     def __len__(self):
-        return len(self.clips)
+        return len(self.indices)
 
     def read(self, i, rng):
         wave, length = self.load(os.fsdecode(self.paths[i]))
-        targets = torch.stack([bank.draw(self.clips[i], rng) for bank in self.banks])               # (kinds, D)
+        targets = torch.stack([bank.draw(self.indices[i], rng) for bank in self.banks])             # (kinds, D)
         return {"wave": wave, "length": length, "target": targets,
                 "draws": torch.from_numpy(rng.random(4, dtype=np.float32))}
 
@@ -192,7 +200,7 @@ class RandomSamples:
                 "draws": torch.from_numpy(rng.random(4, dtype=np.float32))}
 
 
-class Draws(torch.utils.data.Dataset):
+class Seeded(torch.utils.data.Dataset):
     """Samples by (epoch, i): all chance in a sample follows from seed, epoch and i, whoever reads it when."""
 
     def __init__(self, samples, seed):
@@ -200,10 +208,11 @@ class Draws(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         (epoch, i), reasons = key, []
-        for step in range(min(100, len(self.samples))):  # where a clip can't be read the next one steps in
+        for offset in range(min(100, len(self.samples))):  # for a clip that can't be read the next one steps in
             try:
-                sample = self.samples.read((i + step) % len(self.samples), np.random.default_rng((self.seed, epoch, i)))
-                return sample | {"skipped": reasons[0] if reasons else ""}
+                rng = np.random.default_rng((self.seed, epoch, i))
+                sample = self.samples.read((i + offset) % len(self.samples), rng)
+                return sample | {"skipped": reasons[0] if reasons else ""}  # the others' own turns tell of them
             except Unreadable as error:
                 reasons.append(str(error))
         raise ValueError(f"not one of {len(reasons)} clips in a row can be read, for example {reasons[0]}")
@@ -263,7 +272,7 @@ def audio_encoder_of(checkpoint, path):
                              f"{'×'.join(map(str, encoder.input_size))}")
         encoder.load_state_dict({key[len(prefix):]: value for key, value in checkpoint["learner"].items()
                                  if key.startswith(prefix)})
-    except (KeyError, TypeError, AttributeError, RuntimeError, ArithmeticError, ValueError) as error:
+    except BROKEN as error:
         raise ValueError(f"{path}: not a whole checkpoint ({type(error).__name__}: {error})") from None
     return encoder.eval().requires_grad_(False), front_end
 
@@ -397,7 +406,8 @@ class Log:
 
 def autocast(device, precision):
     """Autocast to bf16 where asked for, or where the device multiplies it faster than fp32."""
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    # False: a card that emulates bf16 is not fast at it
+    fast = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16" or (precision == "auto" and fast))
 
 
@@ -417,6 +427,7 @@ def matmul_rate(device, cast):
 
 def make_optimizer(learner, settings):
     """LARS or Adam over two groups, each with its peak learning rate."""
+    # differs from the paper, which does not say: LARS's rates are for 256 clips a step, as in the authors' code
     scale = settings.batch / 256 if settings.optimizer == "lars" else 1.0
     groups = parameter_groups(learner, settings.lr_weights * scale, settings.lr_biases * scale, settings.weight_decay)
     for group in groups:
@@ -433,25 +444,26 @@ def backward_in_slices(model, learner, batch, count, cast):
     slices = [dict(zip(batch, parts)) for parts in zip(*(value.split(count) for value in batch.values()))]
     with torch.no_grad(), cast:
         features = [torch.cat(parts).requires_grad_() for parts in zip(*map(learner, slices))]
-    loss, weights = learner.loss(*features), [p for p in learner.parameters() if p.requires_grad]
-    at_features = torch.autograd.grad(loss, features, retain_graph=True)
-    at_weights = torch.autograd.grad(loss, weights, allow_unused=True)  # the loss itself has but a temperature
+    weights = [p for p in learner.parameters() if p.requires_grad]
+    loss = learner.loss(*features)
+    at_all = torch.autograd.grad(loss, features + weights, allow_unused=True)  # weights: the loss uses log_scale alone
+    at_features, at_weights = at_all[:len(features)], at_all[len(features):]
     at_slices = zip(*(gradient.split(count) for gradient in at_features))
     for i, (part, gradients) in enumerate(zip(slices, at_slices)):
         last = i == len(slices) - 1
-        with nullcontext() if last or model is learner else model.no_sync():
+        with nullcontext() if last or model is learner else model.no_sync():  # ranks average once, in the last
             with cast:
                 again = model(part)
             # the gradient of Σ f·g is g times f's own: the chain rule, with g from the whole batch
-            sent_on = sum((f.float() * g).sum() for f, g in zip(again, gradients) if f.requires_grad)
+            surrogate = sum((f.float() * g).sum() for f, g in zip(again, gradients) if f.requires_grad)
             if last:
-                sent_on = sent_on + sum((p * g).sum() for p, g in zip(weights, at_weights) if g is not None)
-            sent_on.backward()
+                surrogate = surrogate + sum((p * g).sum() for p, g in zip(weights, at_weights) if g is not None)
+            surrogate.backward()
     return loss
 
 
 def doubts(loss, guessing, temperature=0.07, input_mean=0.0, input_std=1.0, padding=0.0):
-    """What an epoch's last numbers say of a run that would come to nothing -> list of str."""
+    """What an epoch's last numbers say of a run that would come to nothing -> list of str; defaults raise no doubt."""
     found = []
     if loss > 0.99 * guessing:
         found.append(f"the loss, {loss:.3f}, is that of guessing, {guessing:.3f}. After the warm-up that means: lower "
@@ -482,7 +494,7 @@ def train(learner, samples, settings, identity, validate, device):
     """*The* training loop: leaves <out>/checkpoint.pt and log.jsonl, and goes on from them if they are there.
 
     learner: forward(batch) -> features; loss(*features) -> (); report() -> numbers to log; flops() of a sample;
-             guessing(batch) -> the loss of who guesses
+             guessing(candidates) -> the loss of who guesses
     samples: len(), paths of their files, read(i, rng) -> dict of tensors; raises Unreadable
     identity: what the checkpoint says of itself, "stage" included
     validate: (learner) -> dict of numbers, called on every rank after each epoch; None: a timing, nothing is kept
@@ -509,10 +521,10 @@ def train(learner, samples, settings, identity, validate, device):
                 module.compile()
     model = DistributedDataParallel(learner) if size > 1 else learner
     cast = autocast(device, settings.precision)
-    rate = matmul_rate(device, cast)
+    flop_rate = matmul_rate(device, cast)
     meter = Meter(device, skipped)
     source = iter(DataLoader(
-        Draws(samples, settings.seed), num_workers=settings.workers, worker_init_fn=worker_starts,
+        Seeded(samples, settings.seed), num_workers=settings.workers, worker_init_fn=worker_starts,
         batch_sampler=batches(len(samples), settings.batch, settings.epochs, settings.seed, start),
         prefetch_factor=4 if settings.workers else None, pin_memory=gpu))
 
@@ -536,12 +548,13 @@ def train(learner, samples, settings, identity, validate, device):
         if not (saves or meter.steps == settings.log_every or step == last):
             continue
         mean_loss, seconds = meter.read()
+        # all weights are looked at only before they are saved
         stop_if_lost(step, mean_loss, learner.parameters() if saves else (), meter.skipped, len(samples), path)
         speed, report = meter.steps * settings.batch / seconds, learner.report()
         log.training(step, epoch=step / steps_per_epoch, loss=mean_loss, **report,
                      lr_weights=optimizer.param_groups[0]["lr"], lr_biases=optimizer.param_groups[1]["lr"],
-                     clips_per_second=speed, waiting=meter.waited / seconds, mfu=speed * learner.flops() / rate / size,
-                     skipped=meter.skipped, eta=seconds / meter.steps * (last - step))
+                     clips_per_second=speed, waiting=meter.waited / seconds, skipped=meter.skipped,
+                     mfu=speed * learner.flops() / flop_rate / size, eta=seconds / meter.steps * (last - step))
         if epoch_ends and validate:
             for doubt in doubts(loss.item(), learner.guessing(settings.batch), **report):
                 log.write(f"  warning: {doubt}", step=step, warning=doubt)

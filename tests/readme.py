@@ -44,7 +44,7 @@ SNIPPETS = {  # the code that README.md shows: file, its first line, its last
     "the ear": ("clip_load.py", "encoder = blank_audio_encoder(clip, frames", "return inherit(encoder, state"),
     "the loss": ("model.py", "a, b = F.normalize(a.float()", "+ F.cross_entropy(scale * b"),
     "the step": ("train.py", "for group in optimizer.param_groups:", "optimizer.zero_grad()"),
-    "the bank": ("bank.py", "rows, done = embeddings[rank::size]", "embed(items, read, encode, embeddings, state"),
+    "the bank": ("bank.py", "vectors, states = embeddings[rank::size]", "embed(items, read, encode, embeddings, state"),
     "stage 1": ("pretrain.py", "start = audio_encoder_from_clip if", "samples = AudioSamples(clips, [train_bank]"),
     "the captions": ("curate.py", "best = {}", "return order, [best"),
     "the start": ("finetune.py", "learner = AudioLearner(encoder, front_end)", "learner.log_scale.data.copy_"),

@@ -12,7 +12,7 @@ from readers import read_index
 from train import (
     AudioLearner,
     AudioSamples,
-    Draws,
+    Seeded,
     backward_in_slices,
     batches,
     load_checkpoint,
@@ -43,15 +43,15 @@ class Counting:
 
 
 def test_all_chance_follows_from_seed_epoch_and_clip():
-    draws = Draws(Counting(9), seed=3)
-    assert draws[1, 4] == draws[1, 4] and draws[1, 4] != draws[2, 4] and draws[1, 4] != Draws(Counting(9), 4)[1, 4]
+    draws = Seeded(Counting(9), seed=3)
+    assert draws[1, 4] == draws[1, 4] and draws[1, 4] != draws[2, 4] and draws[1, 4] != Seeded(Counting(9), 4)[1, 4]
 
 
 def test_an_unreadable_clip_is_skipped_and_counted():
-    sample = Draws(Counting(9, bad={4, 5}), seed=0)[0, 4]
-    assert sample["i"] == 6 and sample["skipped"] == "clip 4: bad" and Draws(Counting(9), seed=0)[0, 4]["skipped"] == ""
+    sample = Seeded(Counting(9, bad={4, 5}), seed=0)[0, 4]
+    assert sample["i"] == 6 and sample["skipped"] == "clip 4: bad" and Seeded(Counting(9), seed=0)[0, 4]["skipped"] == ""
     with pytest.raises(ValueError, match="not one of 2 clips in a row can be read"):
-        Draws(Counting(2, bad={0, 1}), seed=0)[0, 0]
+        Seeded(Counting(2, bad={0, 1}), seed=0)[0, 0]
 
 
 def test_slices_hold_activations_of_so_many_samples_only():
@@ -85,7 +85,7 @@ def test_a_learner_gives_features_and_their_targets(world, small_clip, tmp_path)
     front_end = FrontEnd(16_000, 32, 60, -3.0, 4.0)
     learner = AudioLearner(audio_encoder_from_clip(clip, 60, 32, (8, 8)), front_end)
     samples = AudioSamples(clips, [frame_bank(tmp_path, clips, clip, torch.device("cpu"), 0)], front_end.load)
-    batch = torch.utils.data.default_collate([Draws(samples, 0)[0, i] for i in range(4)])
+    batch = torch.utils.data.default_collate([Seeded(samples, 0)[0, i] for i in range(4)])
     audio, targets = learner(batch)  # one kind of target: frames
     assert audio.shape == (4, 32) and targets.shape == (4, 1, 32)
     assert torch.allclose(targets.norm(dim=2), torch.ones(4, 1), atol=1e-3)
