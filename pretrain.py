@@ -147,6 +147,7 @@ def top1_hits(queries, gallery, labels):
 
     queries, gallery: (N, D) unit vectors of the same N clips; labels: N collections of labels.
     """
+    assert not any(isinstance(each, str) for each in labels), "a string would be a set of letters"
     sets = [frozenset(each) for each in labels]
     number = {each: k for k, each in enumerate(dict.fromkeys(sets))}
     kind = torch.tensor([number[each] for each in sets])                                            # (N,)

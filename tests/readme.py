@@ -125,7 +125,7 @@ def ladder():
     end = next(i for i, line in enumerate(lines) if line.startswith("Fig. 5"))
     by_epoch = "; ".join(re.sub(r": image->audio precision@1 by epoch: ", " ", line) for line in curve if "by epoch" in line)
     line = next(line for line in fit if "log2" in line).strip()
-    return {"ladder": f"{code(lines[begin + 1:end])}",
+    return {"ladder": f"{code(lines[begin:end])}",
             "fig 5 and 7": f"Image-to-audio precision@1 after each epoch, seed 0: {by_epoch}.\nThree seeds: {line}."}
 
 

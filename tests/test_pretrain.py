@@ -46,6 +46,8 @@ def test_top1_by_hand():
     queries = torch.stack([gallery[1], gallery[1], gallery[0]])
     result = top1(queries, gallery, [["dog", "rain"], ["rain", "dog"], ["dog"]])
     assert result == {"precision@1": pytest.approx(200 / 3), "recall@1": pytest.approx(100 / 3)}
+    with pytest.raises(AssertionError, match="set of letters"):
+        top1(queries, gallery, ["dog", "god", "rain"])
 
 
 # -------------------------------------------------------------------------------- whole runs
