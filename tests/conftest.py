@@ -1,4 +1,5 @@
 """What the tests share: a small world in the real formats, a small CLIP with OpenAI's keys, real processes."""
+import json
 import os
 import resource
 import signal
@@ -109,6 +110,20 @@ def linked(world, folder):
     folder.mkdir()
     for name in ("audio", "frames"):
         (folder / name).symlink_to(world / name)
+    return folder
+
+
+@pytest.fixture
+def leaking(world, tmp_path):
+    """Six training clips under YouTube's ids; AudioCaps' val and test sets hold the clips 1 and 4."""
+    folder = linked(world, tmp_path / "leaking")
+    rows = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()[:6]]
+    for split in ("train", "val"):
+        (folder / f"{split}.jsonl").write_text("".join(
+            json.dumps(row | {"id": f"clip_{i:06d}"}) + "\n" for i, row in enumerate(rows)))
+    for split, i in (("val", 1), ("test", 4)):
+        (folder / f"{split}.csv").write_text(f"audiocap_id,youtube_id,start_time,caption\n1,clip_{i:06d},30,hm\n")
+    (folder / "ac.txt").write_text("a hum\na deep buzz\n")
     return folder
 
 

@@ -18,7 +18,6 @@ from conftest import ROOT, flat, linked, make_video, tiny_language_model
 
 from bank import Bank, embed_all, frame_bank
 from clip_load import audio_encoder_from_clip, fingerprint, load_clip
-from data import FrontEnd, load_audio
 from finetune import Settings, starting_encoder
 from processes import new_array
 from readers import read_index
@@ -402,7 +401,7 @@ def test_embeddings_do_not_depend_on_the_batch(world, commands, tmp_path):
     whole, _ = embed_all(paths, front_end.load, lambda wave, length: encoder(front_end(wave, length)), 32, CPU)
     alone = torch.cat([embed_all([path], front_end.load, lambda wave, length: encoder(front_end(wave, length)), 32, CPU)[0]
                        for path in paths])
-    assert (whole - alone).abs().max() < 1e-5 and load_audio(paths[0], 16_000).any()
+    assert (whole - alone).abs().max() < 1e-5
 
 
 # -------------------------------------------------------------------------------- quiet errors
@@ -459,4 +458,3 @@ def test_a_checkpoint_whose_front_end_does_not_fit_its_encoder_is_refused(comman
     save_checkpoint(path, checkpoint)
     with pytest.raises(ValueError, match="start.pt: not a whole checkpoint .*100×32 values"):
         starting_encoder(Settings(init=str(path)), None)
-    assert FrontEnd(**checkpoint["front_end"]).frames == 100

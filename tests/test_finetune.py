@@ -9,8 +9,9 @@ import torch
 from conftest import flat
 
 import finetune
+import ladder
 from bank import caption_bank
-from clip_load import load_clip
+from clip_load import Tokenizer, load_clip
 from data import FrontEnd
 from finetune import (
     PRESETS,
@@ -26,7 +27,7 @@ from finetune import (
 )
 from model import VisionTransformer, info_nce
 from readers import Clip, read_index
-from train import AudioLearner, load_checkpoint, parse
+from train import AudioLearner, load_checkpoint, parse, save_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -51,6 +52,9 @@ def test_milestones_by_hand():
     factors = [settings.lr_factor(step, 10) for step in (0, 1, 3, 19, 20, 29, 30, 99)]
     assert factors == [0.25, 0.5, 1, 1, 0.5, 0.5, 0.25, 0.25]
     assert Settings(epochs=4, warmup_epochs=1.0).lr_factor(5, 10) == 0.5  # without milestones as in pre-training
+    for wrong in ("2e;5", "5,", "e"):
+        with pytest.raises(ValueError, match=f"--milestones {wrong}: needed are numbers"):
+            Settings(milestones=wrong).check()
 
 
 # ---------------------------------------------------------------------------------- captions
@@ -89,7 +93,6 @@ def test_a_random_start_fits_the_clip_that_makes_its_targets(small_clip):
 
 
 def test_captions_that_clips_share_are_one_row(small_clip, world, tmp_path):
-    from clip_load import Tokenizer
     clip = load_clip(small_clip)
     tokenizer = Tokenizer(world / "vocab.txt.gz", clip.context_length)
     clips = [Clip("0", captions=("a hum", "a buzz")), Clip("1", captions=("a buzz",)), Clip("2")]
@@ -139,7 +142,7 @@ def test_gold_captions_are_learned_and_the_checkpoint_is_evaluated(run, started,
     assert json.loads((tmp_path / "audiocaps.json").read_text())["model"]["row"] == "+AT GC"
 
 
-def test_few_shot_vat_and_mined_pairs_run_too(run, started, tmp_path):
+def test_nine_pairs_make_batches_of_eight_and_vat_adds_a_second_loss(run, started, tmp_path):
     run("finetune.py", *flat(started | {"--source": "ac", "--epochs": 1, "--out": tmp_path / "ac"}))
     done = run("finetune.py", *flat(started | {"--source": "gc", "--pairs": 9, "--out": tmp_path / "few"}))
     assert "9 clips, 9 pairs" in done.stdout and "batches of 8" in done.stderr
@@ -147,19 +150,17 @@ def test_few_shot_vat_and_mined_pairs_run_too(run, started, tmp_path):
     assert losses(tmp_path / "vat")[0] > 1.5 * losses(tmp_path / "ac")[0]  # two losses instead of one
 
 
-def test_scaling_and_curve_are_drawn_from_what_runs_left(run, started, world, tmp_path):
-    paths = []
-    for pairs in (16, 32, 0):
-        out = tmp_path / f"gc{pairs}"
-        run("finetune.py", *flat(started | {"--source": "gc", "--pairs": pairs, "--epochs": 1, "--out": out}))
-        paths.append(out / "checkpoint.pt")
-    done = run("evaluate.py", "--task", "scaling", "--data", world, "--compare", *paths, "--target", 90, "--out", tmp_path)
-    saved = json.loads((tmp_path / "scaling.json").read_text())
-    assert saved["pairs"] == [16, 32, 64] and "· log2(pairs)" in done.stdout and (tmp_path / "scaling.png").stat().st_size
-    done = run("evaluate.py", "--task", "scaling", "--data", world, "--compare", *paths[:2], check=False)
-    assert done.returncode == 1 and "at least 3 numbers of pairs" in done.stderr
-    done = run("evaluate.py", "--task", "curve", "--compare", *paths, "--out", tmp_path)
-    assert done.stdout.count("audio->text R@1 by epoch:") == 3 and (tmp_path / "curve.png").stat().st_size
+def test_fine_tuning_starts_from_the_checkpoints_encoder_and_temperature_and_all_of_it_learns(started, monkeypatch, tmp_path):
+    saved, given = load_checkpoint(started["--init"], ["pretrain"]), []
+    saved["learner"]["log_scale"] = torch.tensor(3.3)
+    save_checkpoint(tmp_path / "start.pt", saved)
+    monkeypatch.setattr("sys.argv", ["finetune.py"])
+    monkeypatch.setattr(finetune, "train", lambda learner, *_: given.append(learner))
+    finetune.finetune_on_captions(Settings(source="gc", data=str(started["--data"]), init=str(tmp_path / "start.pt"),
+                                           batch=16, workers=0), CPU)
+    learner, = given
+    assert all(torch.equal(value, saved["learner"][name]) for name, value in learner.state_dict().items())
+    assert all(p.requires_grad for p in learner.parameters())
 
 
 def test_two_ranks_fine_tune_as_one(run, started, tmp_path):
@@ -185,11 +186,9 @@ def test_bad_input_is_named(run, started, small_clip, tmp_path):
     assert done.returncode == 1 and "not the CLIP that" in done.stderr and "--clip" in done.stderr
     done = run("finetune.py", *flat(started | {"--source": "gc", "--vocab": tmp_path / "moved.txt.gz"}), check=False)
     assert done.returncode == 1 and "moved.txt.gz" in done.stderr  # a flag is not overruled by the checkpoint
-    done = run("finetune.py", *flat(started | {"--source": "gc", "--milestones": "2e;5"}), check=False)
-    assert done.returncode == 1 and "--milestones 2e;5: needed are numbers" in done.stderr
 
 
-def test_the_ladder_weighs_each_claim_over_seeds(run, tmp_path):
+def test_the_ladder_weighs_each_claim_over_seeds(capsys, tmp_path):
     """What is there is not done again: results laid out by hand give the table, its spread and the verdicts."""
     rows = ["VA-Rand", "vip-AnT", "+ATAC", "+ATFC", "+ATVC", "+ATRC", "+ATGL", "+ATGC", "+VATGC", "+ATGC1", "+ATGC5",
             "+ATGC20"]
@@ -202,14 +201,37 @@ def test_the_ladder_weighs_each_claim_over_seeds(run, tmp_path):
             labels = {variant: {"accuracy": [value, value, value]} for variant in ("prompt", "no prompt")}
             (place / "toy.json").write_text(json.dumps({"results": {
                 "audio-text": {"values": {"no prompt": metrics}}, "zero-shot labels": {"values": labels}}}))
-    done = run("finetune.py", "ladder", "--seeds", 2, "--out", tmp_path)
-    lines = {line.split("   ")[0].strip(): line for line in done.stdout.splitlines()}
+    ladder.run_ladder(ladder.Ladder(seeds=2, out=str(tmp_path)))
+    printed = capsys.readouterr().out.splitlines()
+    lines = {line.split("   ")[0].strip(): line for line in printed}
     assert "30.0 ± 14.1" in lines["+AT AC"] and "10.0 ± 0.0" in lines["vip-AnT"]
-    verdicts = {claim: next(line for line in done.stdout.splitlines() if claim in line) for claim in (
+    verdicts = {claim: next(line for line in printed if claim in line) for claim in (
         "CLIP's weights are the better start", "mined audio captions beat random ones", "(AC, FC)")}
     assert verdicts["CLIP's weights are the better start"].endswith(" holds")
     assert verdicts["mined audio captions beat random ones"].endswith("does not hold")
     assert verdicts["(AC, FC)"].endswith("unclear") and "0.0 ± 14.1" in verdicts["(AC, FC)"]
+
+
+def test_each_rung_gets_its_seed_its_own_start_and_captions_once(tmp_path, monkeypatch):
+    given = []
+
+    def pretend(script, *flags):
+        flags = dict(zip(flags[::2], flags[1::2]))
+        given.append((script, flags))
+        if "--out" in flags:
+            flags["--out"].mkdir(parents=True)
+            (flags["--out"] / "toy.json").write_text(json.dumps({"results": {
+                "audio-text": {"values": {"no prompt": {"a2t_r1": [1, 1, 1]}}}, "zero-shot labels": {"values": {
+                    variant: {"accuracy": [1, 1, 1]} for variant in ("prompt", "no prompt")}}}}))
+
+    monkeypatch.setattr(ladder, "command", pretend)
+    curated = set()
+    for seed in (0, 1):
+        ladder.climb(ladder.Ladder(out=str(tmp_path)), seed, curated)
+    assert [flags["--seed"] for _, flags in given if "--seed" in flags] == [0] * 12 + [1] * 12
+    assert all(flags["--init"] == tmp_path / f"seed{flags['--seed']}/vip-AnT/checkpoint.pt"
+               for script, flags in given if script == "finetune.py")
+    assert [flags["--source"] for script, flags in given if script == "curate.py"] == ["ac", "fc", "vc", "rc", "gl", "gc"]
 
 
 # ------------------------------------------------------------------------------------ labels
@@ -226,6 +248,7 @@ def test_the_last_k_blocks_learn(last_layers, blocks):
     found = {name.split(".")[3] for name in trained if "resblocks" in name}
     assert found == {str(i) for i in range(3 - blocks, 3)} and any(name.startswith("head") for name in trained)
     assert ("audio_encoder.conv1.weight" in trained) == (blocks == 3)
+    assert ("audio_encoder.proj" in trained) == ("audio_encoder.ln_post.weight" in trained) == (blocks > 0)
 
 
 def test_head_losses_by_hand():
@@ -257,11 +280,11 @@ def test_mixtures_by_hand(world):
 def test_map_of_a_head_needs_logits_as_they_are(world):
     """Two clips whose logits differ in length: made unit vectors, their order within a class would change."""
     learner = HeadLearner(small_encoder(), FrontEnd(16_000, 32, 50), 2, True, 0)
-    logits = torch.tensor([[1.0, 9.0], [2.0, 0.1]])
+    logits = torch.tensor([[2.0, 9.0], [1.0, 0.1]])  # as unit vectors (0.22, 0.98), (1.00, 0.10): class a would turn round
     learner.logits = lambda wave, length: logits
     clips = [Clip("0", "0", labels=("a",)), Clip("1", "1", labels=("b",))]
     value, heard = measure_head(learner, LabelledSamples(clips, ["a", "b"], lambda path: (torch.zeros(3), 3)), CPU, 0)
-    assert heard == 2 and value == pytest.approx(100 * (0.5 + 0.5) / 2)
+    assert heard == 2 and value == pytest.approx(100 * (1 + 0.5) / 2)
 
 
 @pytest.fixture

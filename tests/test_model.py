@@ -96,6 +96,21 @@ def test_attention_is_softmax_of_scaled_products_and_text_sees_no_future():
     assert torch.allclose(attention(x), attention.out_proj(weights @ v), atol=1e-6)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_several_heads_are_neighbouring_slices_as_in_pytorchs_attention(causal):
+    ours, theirs = Attention(width=12, heads=3, causal=causal), torch.nn.MultiheadAttention(12, 3, batch_first=True)
+    torch.nn.init.normal_(ours.in_proj_bias)
+    theirs.load_state_dict(ours.state_dict())
+    x, future = torch.randn(2, 5, 12), torch.ones(5, 5).triu(1).bool()
+    assert torch.allclose(ours(x), theirs(x, x, x, attn_mask=future if causal else None)[0], atol=1e-6)
+
+
+def test_clips_heads_are_64_wide():
+    clip = CLIP(32, 8, 128, 1, 12, 300, 192, 1, 16)
+    assert clip.visual.config["heads"] == clip.visual.transformer.resblocks[0].attn.heads == 2
+    assert clip.transformer.resblocks[0].attn.heads == 3
+
+
 def test_the_class_token_alone_comes_out_as_among_the_others():
     transformer, x = Transformer(width=64, layers=3, heads=2), torch.randn(2, 7, 64)
     assert torch.allclose(transformer(x, first_only=True), transformer(x)[:, :1], atol=1e-6)

@@ -1,14 +1,16 @@
 """What the loop is made of: the order of the samples, their chance, slices of a batch, checkpoints."""
+import math
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 
-from bank import frame_bank
+from bank import Bank, frame_bank
 from clip_load import audio_encoder_from_clip, load_clip
-from data import FrontEnd, Unreadable
+from data import FrontEnd, Unreadable, mask
 from model import info_nce
-from readers import read_index
+from readers import Clip, read_index
 from train import (
     AudioLearner,
     AudioSamples,
@@ -17,6 +19,7 @@ from train import (
     batches,
     load_checkpoint,
     save_checkpoint,
+    stop_if_lost,
 )
 
 
@@ -54,7 +57,7 @@ def test_an_unreadable_clip_is_skipped_and_counted():
         Seeded(Counting(2, bad={0, 1}), seed=0)[0, 0]
 
 
-def test_slices_hold_activations_of_so_many_samples_only():
+def test_slices_give_the_whole_batchs_gradients_with_activations_of_a_few_samples():
     class Recorder(torch.nn.Module):
         """A linear encoder that writes down how many samples it saw at once, and whether it kept their activations."""
 
@@ -80,7 +83,18 @@ def test_slices_hold_activations_of_so_many_samples_only():
     assert all(torch.allclose(p.grad, g, atol=1e-6) for p, g in zip(learner.parameters(), whole))
 
 
-def test_a_learner_gives_features_and_their_targets(world, small_clip, tmp_path):
+def test_a_sample_has_its_own_clips_target_though_others_are_left_out(tmp_path):
+    """Of five clips 0 is left out and 2 has no readable frame; clip 3 owns rows 2 and 3."""
+    np.save(tmp_path / "bank.npy", np.eye(5, dtype=np.float16))
+    bank = Bank(str(tmp_path / "bank.npy"), np.arange(5), np.array([0, 1, 2, 2, 4, 5]))
+    clips = [Clip(str(i), f"{i}.wav") for i in range(5)]
+    samples = AudioSamples(clips, [bank], lambda path: (path, 1), train_on=[False, True, True, True, True])
+    found = [samples.read(i, np.random.default_rng(0)) for i in range(len(samples))]
+    assert [sample["wave"] for sample in found] == ["1.wav", "3.wav", "4.wav"]
+    assert all(sample["target"][0].argmax() in rows for sample, rows in zip(found, ([1], [2, 3], [4])))
+
+
+def test_a_learner_hears_masked_sounds_in_training_and_whole_ones_in_embed(world, small_clip, tmp_path):
     clip, clips = load_clip(small_clip), read_index(world / "train.jsonl")[:20]
     front_end = FrontEnd(16_000, 32, 60, -3.0, 4.0)
     learner = AudioLearner(audio_encoder_from_clip(clip, 60, 32, (8, 8)), front_end)
@@ -89,6 +103,25 @@ def test_a_learner_gives_features_and_their_targets(world, small_clip, tmp_path)
     audio, targets = learner(batch)  # one kind of target: frames
     assert audio.shape == (4, 32) and targets.shape == (4, 1, 32)
     assert torch.allclose(targets.norm(dim=2), torch.ones(4, 1), atol=1e-3)
+    x = front_end(batch["wave"], batch["length"])
+    assert torch.allclose(audio, learner.audio_encoder(mask(x, batch["draws"])), atol=1e-6)
+    assert not torch.allclose(audio, learner.audio_encoder(x), atol=1e-3)
+    whole, heard = learner.embed([clip.audio for clip in clips[:4]], torch.device("cpu"))
+    assert heard.all()
+    assert torch.allclose(whole, torch.nn.functional.normalize(learner.audio_encoder(x), dim=1), atol=1e-5)
+    learner.loss(audio, targets)
+    assert learner.guessing(16) == pytest.approx(2 * math.log(16)) and learner.report()["temperature"] == pytest.approx(0.07)
+
+
+def test_what_is_lost_is_never_saved():
+    """A NaN among the weights counts before the loss shows it; one unreadable clip of a hundred is not over 1 %."""
+    whole, broken = [torch.ones(3)], [torch.ones(3), torch.tensor([1.0, math.nan])]
+    stop_if_lost(7, 1.0, whole, 1, 100, "c.pt")
+    for loss, weights in ((math.nan, whole), (math.inf, whole), (1.0, broken)):
+        with pytest.raises(FloatingPointError, match=r"at step 7.*c\.pt"):
+            stop_if_lost(7, loss, weights, 0, 100, "c.pt")
+    with pytest.raises(ValueError, match="2 clips .* over 1 % of 100"):
+        stop_if_lost(7, 1.0, whole, 2, 100, "c.pt")
 
 
 def test_checkpoints_refuse_what_they_are_not(tmp_path, small_clip):
