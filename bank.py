@@ -68,7 +68,7 @@ def embed(items, read, encode, out, state, device, workers, description=None, un
     todo = todo[np.asarray(state)[todo] == TO_DO]
     if not len(todo):
         return
-    loader = DataLoader(Readable(items, read), 128, sampler=todo.tolist(), num_workers=workers,
+    loader = DataLoader(Readable(items, read), batch_size=128, sampler=todo.tolist(), num_workers=workers,
                         collate_fn=split_readable, worker_init_fn=worker_starts)
     with tqdm(total=len(todo), desc=description, disable=rank > 0 or not description, unit="") as bar:
         for rows, tensors, bad, reasons in loader:
@@ -128,7 +128,8 @@ class Bank:
         """Raises ValueError where all targets are alike, so that there is nothing to learn from them."""
         if len(self.rows) == 0:
             return
-        some = self.embeddings[self.rows[np.linspace(0, len(self.rows) - 1, 1000).astype(int)]].astype(np.float32)
+        sample = np.linspace(0, len(self.rows) - 1, 1000).astype(int)  # of 7 million rows a thousand will do
+        some = self.embeddings[self.rows[sample]].astype(np.float32)                              # (1000, D)
         if np.abs(some - some[0]).max() < 1e-3:
             raise ValueError(f"{self.path}: its rows are all alike, so there is nothing to learn; do the frames, or "
                              f"the captions, differ?")

@@ -284,15 +284,15 @@ def preview(path, clips, found, count):
     """A contact sheet: `count` clips spread over the set, a frame each, with the captions that they got."""
     chosen = np.linspace(0, len(clips) - 1, min(count, len(clips))).round().astype(int).tolist()
     figure = blank_figure(9, 1.8 * len(chosen))
-    for axes, i in zip(figure.subplots(len(chosen), 1, squeeze=False)[:, 0], chosen):
+    for (left, right), i in zip(figure.subplots(len(chosen), 2, squeeze=False, width_ratios=(1, 4)), chosen):
         texts, scores = found(i)
         if clips[i].frames:
             with Image.open(clips[i].middle_frame) as image:
-                axes.imshow(image.convert("RGB"))
-        axes.axis("off")
+                left.imshow(image.convert("RGB"))
+        left.axis("off")
+        right.axis("off")
         lines = [f"{score:.3f}  {text}" for score, text in zip(scores, texts)] if scores else texts
-        axes.text(1.05, 0.5, "\n".join([clips[i].id, *lines[:6]]), transform=axes.transAxes, va="center", fontsize=8,
-                  parse_math=False)
+        right.text(0, 0.5, "\n".join([clips[i].id, *lines[:6]]), va="center", fontsize=8, parse_math=False)
     figure.savefig(path, dpi=120)
     print(f"to look at: {path}")
 

@@ -488,7 +488,7 @@ def show(results, row):
             print(f"  paper: {'OracleAV-CLIP' if part == 'oracle' else row}, on {PAPER_CLIPS[part.split()[0]]} clips")
         if "categories" in result:
             categories = [f"{name} {count}" for name, count in result["categories"].items()]
-            print(f"  pivotable: {', '.join(categories[:20]) or 'no clip with a label'}")
+            print(f"  pivotable clips by category, largest first: {', '.join(categories[:20]) or 'none has a label'}")
 
 
 def compare(runs):

@@ -3,9 +3,11 @@
     python pretrain.py --data toy                        # minutes on a laptop: the toy world, its CLIP, vip-AnT
     python pretrain.py --data toy --init random          # VA-Rand
     python pretrain.py --data random                     # no data: how fast is the paper's step here?
+    python pretrain.py --data random --batch 8 --steps 5 --log-every 1      # ... on a CPU
     torchrun --nproc_per_node=4 pretrain.py              # the paper's run, on data/audioset
 
-bank.py embeds the frames, train.py is the loop; here is what they are given.
+bank.py embeds the frames, train.py is the loop; here is what they are given. Defaults are the paper's run; --data toy
+and --data random bring their own (PRESETS).
 
 B  clips on this rank     D  embedding     N  clips     L  tokens     R  side of an image
 """

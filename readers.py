@@ -324,8 +324,8 @@ READERS = {
 }
 
 HOW_TO_GET = {
-    "audioset": "AudioSet comes as ids: download the videos yourself, then see 'The full run' in README.md. "
-                "To try without any download: python pretrain.py --data toy",
+    "audioset": "AudioSet comes as ids: download the videos yourself, then see 'Datasets' and 'The full run' in "
+                "README.md. To try without any download: python pretrain.py --data toy",
     "audiocaps": "AudioCaps: train.csv, val.csv and test.csv from https://github.com/cdjkim/audiocaps, and its clips "
                  "as 'Datasets' in README.md says, into data/audiocaps, or point --data at it",
     "esc50": "ESC-50: git clone https://github.com/karolpiczak/ESC-50 data/esc50, or point --data at it",

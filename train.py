@@ -67,7 +67,7 @@ class Training:
                                "more work; 0: all", free=True)
     epochs: int = setting(25, "passes over the training clips")
     steps: int = setting(0, "stop after so many; the same command without it goes on; 0: all epochs", free=True)
-    warmup_epochs: float = setting(10.0, "of linear warm-up, then cosine to 0.1 %")
+    warmup_epochs: float = setting(10.0, "of linear warm-up (Table 5), then cosine to 0.1 %")
     lr_weights: float = setting(0.2, "peak, for weights; with lars times batch/256")
     lr_biases: float = setting(4.8e-3, "the same for biases, norms and temperature")
     weight_decay: float = setting(1e-6, "on weights")
@@ -101,7 +101,8 @@ class Training:
 
 def parse(defaults, presets, argv=None, description=None):
     """Command line -> settings. --head or --data may name a preset; other flags override it; unknown ones fail."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(defaults):
         parser.add_argument("--" + f.name.replace("_", "-"), type=type(f.default), choices=f.metadata["choices"],
                             default=argparse.SUPPRESS, help=f"{f.metadata['help']} ({f.default})".replace("%", "%%"))
@@ -251,7 +252,8 @@ def load_checkpoint(path, stages):
                 raise ValueError("a checksum is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such checkpoint. Make it with pretrain.py, or name one") from None
+        raise FileNotFoundError(f"{path}: no such checkpoint. Make it with pretrain.py, or name another; the toy's is "
+                                "out/toy/pretrain/checkpoint.pt") from None
     except (*BROKEN, OSError) as error:
         why = str(error).splitlines()[0] if str(error) else ""
         raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__}: {why})") from None
@@ -556,6 +558,7 @@ def train(learner, samples, settings, identity, validate, device):
                      clips_per_second=speed, waiting=meter.waited / seconds, skipped=meter.skipped,
                      mfu=speed * learner.flops() / flop_rate / size, eta=seconds / meter.steps * (last - step))
         if epoch_ends and validate:
+            # the last step's loss: the mean since the last line would hide what has just gone wrong
             for doubt in doubts(loss.item(), learner.guessing(settings.batch), **report):
                 log.write(f"  warning: {doubt}", step=step, warning=doubt)
             meter.skipped = 0
