@@ -1,369 +1,365 @@
-"""The way in from OpenAI: tokenizer, verified download, weights, and CLIP's eye made an ear (§3.2.1, Fig. 4).
+"""What comes from others: CLIP's tokenizer and weights, the authors' encoders (§3.2.1, Fig. 4).
 
-    python clip_load.py                      # fetch ViT-B/32 and the vocabulary into ~/.cache/clip
-    python clip_load.py --model ViT-B/16     # or an eye with finer patches
-    python clip_load.py import-vipant 00071478.pth out/authors.pt      # the authors' checkpoint, for evaluate.py
+    python clip_load.py                # fetch ViT-B/32 and its vocabulary; also ViT-B/16, ViT-L/14
+    python clip_load.py vipant         # the authors' pre-trained encoder, with CLIP inside
+    python clip_load.py vipant-gc      # the same after fine-tuning with AudioCaps' captions
+    python clip_load.py import-vipant FILE_OR_ADDRESS OUT      # another checkpoint of theirs
 
-B, C, D, P, T, F as in model.py; h×w: a grid of patches; N texts of length L.
+B, C, D, L, P, T, F as in model.py; h×w: a grid of patches; N texts.
 """
 import argparse
-import functools
 import gzip
 import hashlib
 import html
-import http.client
-import itertools
+import json
 import math
-import os
 import pickle
-import urllib.error
-import urllib.request
+import tempfile
 import zipfile
-import zlib
-from collections import OrderedDict
 from dataclasses import asdict
 from pathlib import Path
+
+from data import FrontEnd, run, write_whole
+from model import CLIP, LOG_SCALE, VisionTransformer, print0
 
 import ftfy
 import regex
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
+from huggingface_hub import hf_hub_download
+from safetensors.torch import load_file
 
-from data import FrontEnd
-from model import CLIP, LOG_SCALE, VisionTransformer
-from processes import run
+# ---------------------------------------------------------------------------------- tokenizer
+def read_merges(path):
+    """A vocabulary, gzipped or not -> merges "a b", the most frequent first. Raises ValueError."""
+    content = Path(path).read_bytes()
+    try:
+        if content.startswith(b"\x1f\x8b"):
+            content = gzip.decompress(content)
+        lines = content.decode().split("\n")[1:48_895]  # without a version, and the rarest
+    except Exception as error:  # of a damaged file, anything
+        raise ValueError(f"{path}: no vocabulary ({error})") from None
+    if not lines:
+        raise ValueError(f"{path}: no vocabulary, but a single line")
+    return [line for line in lines if line.strip()]
 
+
+class Tokenizer:
+    """CLIP's byte-pair encoding: `Tokenizer(path)(["a dog barks"]) -> (1, 77) int64`.
+
+    vocab: path of the vocabulary, or its list of merges. Ids: 256 bytes, 256 bytes that end a
+    word, the merges, start-of-text, end-of-text.
+    """
+    WORDS = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|"
+                          r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
+
+    def __init__(self, vocab, context_length=77):
+        self.context_length = context_length
+        self.merges = vocab if isinstance(vocab, list) else read_merges(vocab)
+        # a visible symbol for each byte: those that print first, the others from U+0100 on
+        printing = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [byte for byte in range(256) if byte not in printing]
+        self.symbol = {byte: chr(byte) for byte in printing}
+        self.symbol |= {byte: chr(256 + i) for i, byte in enumerate(others)}
+        units = list(self.symbol.values())
+        units += [unit + "</w>" for unit in units]
+        self.ids = {unit: i for i, unit in enumerate(units)}
+        self.rank = {}  # of a pair in the order of merging
+        for i, line in enumerate(self.merges):
+            pair = tuple(line.split())
+            if len(pair) != 2 or pair[0] not in self.ids or pair[1] not in self.ids:
+                raise ValueError(f"{vocab!s:.200}: no vocabulary; '{line:.50}' merges nothing")
+            self.rank[pair] = i
+            self.ids["".join(pair)] = 512 + i
+        self.start = 512 + len(self.merges)
+        self.end, self.vocab_size = self.start + 1, self.start + 2
+        self.known = {"<|startoftext|>": [self.start], "<|endoftext|>": [self.end]}  # word -> ids
+
+    def encode_word(self, word):
+        """One word -> ids: from bytes on, the most frequent pair is merged while there is one."""
+        units = [self.symbol[byte] for byte in word.encode()]
+        units[-1] += "</w>"
+        while len(units) > 1:
+            ranks = [self.rank.get(pair, math.inf) for pair in zip(units, units[1:])]
+            i = ranks.index(min(ranks))
+            if ranks[i] == math.inf:
+                break
+            units[i:i + 2] = [units[i] + units[i + 1]]
+        return [self.ids[unit] for unit in units]
+
+    def encode(self, text):
+        """One text -> ids, as many as it takes, from start-of-text to the first end-of-text."""
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+        ids = [self.start]
+        for word in self.WORDS.findall(" ".join(text.split()).lower()):
+            if word not in self.known:
+                self.known[word] = self.encode_word(word)
+            ids += self.known[word]
+        ids.append(self.end)
+        return ids[:ids.index(self.end) + 1]
+
+    def __call__(self, texts):
+        """Texts -> (N, L) int64, zero-padded. A longer text is cut and keeps its end-of-text."""
+        tokens = torch.zeros(len(texts), self.context_length, dtype=torch.int64)  # (N, L)
+        for row, text in zip(tokens, texts):
+            ids = self.encode(text)
+            if len(ids) > self.context_length:
+                ids = ids[:self.context_length - 1] + [self.end]
+            row[:len(ids)] = torch.tensor(ids)
+        return tokens
+
+
+# ----------------------------------------------------------------------- where files come from
 CACHE = Path.home() / ".cache" / "clip"
-ADDRESS = "https://openaipublic.azureedge.net/clip/models"
-MODELS = {  # name -> SHA-256 of its file, which is also the file's folder there
+OPENAI = "https://openaipublic.azureedge.net/clip/models"
+MODELS = {  # name -> SHA-256 of OpenAI's file, which is also a folder of its address
     "ViT-B/32": "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
     "ViT-B/16": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
     "ViT-L/14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
 }
 VOCABULARY = "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz"
 VOCABULARY_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
-VOCABULARY_PATH = CACHE / VOCABULARY.rsplit("/", 1)[1]
-VOCABULARY_MERGES = 49152 - 256 - 2  # CLIP uses the first so many lines of a longer file
 
 
-# ----------------------------------------------------------------------------------- tokenizer
-
-def byte_symbols():
-    """One visible character for each byte: itself where it prints, otherwise one from U+0100 on.
-
-    So BPE can work on characters, and any text, in any language, has a spelling. The order (printing bytes
-    first) fixes the first 256 ids.
-    """
-    printing = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printing]
-    return {byte: chr(byte) for byte in printing} | {byte: chr(256 + i) for i, byte in enumerate(others)}
-
-
-def merged(units, pair):
-    """A word's units with every occurrence of a pair, from the left, made one."""
-    found = []
-    while units:
-        take = 2 if tuple(units[:2]) == pair else 1
-        found.append("".join(units[:take]))
-        units = units[take:]
-    return found
-
-
-class Tokenizer:
-    """CLIP's byte-pair encoding: `Tokenizer(vocab_path)(["a dog barks"]) -> (1, 77) int64`.
-
-    The vocabulary file lists merges, most frequent first; ids follow from its order: 256 bytes, 256 bytes
-    that end a word, the merges, start-of-text, end-of-text.
-    """
-    WORDS = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+",
-                          regex.IGNORECASE)
-
-    def __init__(self, vocab_path, context_length=77):
-        self.context_length = context_length
-        try:
-            with gzip.open(vocab_path, "rt", encoding="utf-8") as file:
-                lines = file.read(2 ** 26).split("\n")[1:1 + VOCABULARY_MERGES]  # the first line is a version
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{vocab_path}: no such file. CLIP's vocabulary: python clip_load.py") from None
-        except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-            raise ValueError(f"{vocab_path}: not a gzipped vocabulary ({error})") from None
-        merges = [tuple(line.split()) for line in lines if line]
-        if any(len(merge) != 2 for merge in merges):
-            raise ValueError(f"{vocab_path}: not a list of merges, two symbols a line")
-        self.symbols = byte_symbols()
-        units = list(self.symbols.values())
-        units += [unit + "</w>" for unit in units] + ["".join(merge) for merge in merges]
-        units += ["<|startoftext|>", "<|endoftext|>"]
-        self.ids = {unit: i for i, unit in enumerate(units)}
-        self.vocab_size = len(units)
-        self.start, self.end = self.ids["<|startoftext|>"], self.ids["<|endoftext|>"]
-        self.rank = {merge: i for i, merge in enumerate(merges)}
-        self.encode_word = functools.lru_cache(100_000)(self.encode_word)  # bounded: a search box is fed by strangers
-
-    def encode_word(self, word):
-        """One word -> ids: start from bytes, then apply the most frequent merge there is, until there is none."""
-        if word in ("<|startoftext|>", "<|endoftext|>"):
-            return [self.ids[word]]
-        units = [self.symbols[byte] for byte in word.encode("utf-8")]
-        units[-1] += "</w>"
-        while len(units) > 1:
-            best = min(itertools.pairwise(units), key=lambda pair: self.rank.get(pair, math.inf))
-            if best not in self.rank:
-                break
-            units = merged(units, best)
-        return [self.ids[unit] for unit in units]
-
-    def encode(self, text):
-        """One text -> ids, start- and end-of-text included, of any length."""
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
-        words = self.WORDS.findall(" ".join(text.split()).lower())
-        words = [word[:1000] for word in words]  # no context holds more
-        ids = [self.start, *(i for word in words for i in self.encode_word(word)), self.end]
-        return ids[:ids.index(self.end) + 1]  # what follows the first end the model never sees
-
-    def __call__(self, texts):
-        """Texts -> (N, context length) int64, zero-padded. A longer text is cut and keeps its end-of-text."""
-        texts = [texts] if isinstance(texts, str) else texts
-        tokens = torch.zeros(len(texts), self.context_length, dtype=torch.int64)  # (N, L)
-        for row, text in zip(tokens, texts):
-            ids = self.encode(text)
-            if len(ids) > self.context_length:
-                ids[self.context_length - 1:] = [self.end]
-            row[:len(ids)] = torch.tensor(ids)
-        return tokens
-
-
-# ------------------------------------------------------------------------------------ download
-
-def sha256(path):
-    """Hex digest of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def download(url, path, digest):
-    """Fetch `url` to `path` unless it is there; returns the path. Raises ConnectionError or ValueError.
-
-    What has arrived waits in `path`.part, so a second call goes on where the first was cut off; only a file
-    with the right SHA-256 ever gets the name `path`.
-    """
-    path = Path(path)
-    if path.exists():
-        if sha256(path) != digest:
-            raise ValueError(f"{path}: SHA-256 is not {digest}; delete the file and run: python clip_load.py")
-        return path
+def find(url, sha256, repository, *files):
+    """Path of a file: in CACHE, had from the hub before, at `url`, or on the hub, `files`' last."""
+    path, hub = CACHE / url.rsplit("/", 1)[1], f"https://huggingface.co/{repository}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            if answer.status != 206:  # a server that can't resume sends the whole file
-                have = 0
-            total = have + int(answer.headers.get("Content-Length") or 0)
-            with open(part, "ab" if have else "wb") as file, \
-                    tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=path.name) as bar:
-                while block := answer.read(1 << 20):
-                    file.write(block)
-                    bar.update(len(block))
-                    have += len(block)
-            if have < total:
-                raise ConnectionError("the connection ended early")
-    except urllib.error.HTTPError as error:
-        if error.code != 416:  # 416: all bytes were already here
-            raise ConnectionError(f"{url}: {error}") from None
-    except (OSError, http.client.HTTPException) as error:
-        raise ConnectionError(f"{url}: {error}; run the same command again to go on, or put the file at {path} "
-                              f"by other means") from None
-    if sha256(part) != digest:
-        part.unlink()
-        raise ValueError(f"{url}: what arrived does not have SHA-256 {digest}; it was deleted")
-    os.replace(part, path)
-    return path
+    tried = ""
+    for place in (path, f"{hub}, fetched before", url, hub):
+        found = path
+        try:
+            if place == path and hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+                raise ValueError(f"its SHA-256 is not {sha256}")
+            elif place == url:
+                torch.hub.download_url_to_file(url, str(path), sha256)
+            elif place != path:
+                for name in files:
+                    found = hf_hub_download(repository, name, local_files_only=place != hub)
+            print0(f"{found}: from {place}")
+            return Path(found)
+        except Exception as error:  # the hub's client has many of its own
+            tried += f"\n  {place}: {error!s:.200}"
+    raise FileNotFoundError(f"{path.name} can't be had:{tried}\nPut it at {path} by other means, "
+                            f"or name another file with --clip or --vocab")
 
 
-def cached(name, fetch=False):
-    """Path of CLIP's weights: a model of OpenAI's, in the cache and verified; any other name is a path already.
-
-    With `fetch`, what is not there is downloaded. Raises FileNotFoundError, ConnectionError, ValueError (hash).
-    """
+def find_clip(name):
+    """Path of CLIP's weights: one of OpenAI's names is looked for, any other is a path already."""
     if name not in MODELS:
-        return name
-    path = CACHE / f"{name.replace('/', '-')}.pt"
-    if not (fetch or path.exists()):
-        raise FileNotFoundError(f"{path}: CLIP's weights are not here yet. Run: python clip_load.py --model {name}")
-    return download(f"{ADDRESS}/{MODELS[name]}/{path.name}", path, MODELS[name])
+        return Path(name)
+    url = f"{OPENAI}/{MODELS[name]}/{name.replace('/', '-')}.pt"
+    size = name.replace("ViT-B/", "base-patch").replace("ViT-L/", "large-patch")
+    return find(url, MODELS[name], f"openai/clip-vit-{size}", "config.json", "pytorch_model.bin")
 
 
-# ------------------------------------------------------------------------------------- weights
+def find_vocabulary(path=None):
+    """Path of the vocabulary: the one that is named, or CLIP's."""
+    if path:
+        return Path(path)
+    return find(VOCABULARY, VOCABULARY_SHA256, "openai/clip-vit-base-patch32", "merges.txt")
 
-# What reading a file can raise in which one bit is flipped.
-BROKEN = (pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, EOFError, AttributeError, ImportError, LookupError,
-          TypeError, ValueError, ArithmeticError, RuntimeError, MemoryError, AssertionError)
 
-
-class Record:
-    """What stands in for an object of any class we do not know: it keeps its state and does nothing."""
+# ------------------------------------------------------------------------------ CLIP's weights
+class Inert:
+    """An object of any class but a tensor's: takes what pickle does to it, and does nothing."""
 
     def __new__(cls, *args, **kwargs):
-        record = super().__new__(cls)
-        record.state = {}
-        return record
+        return super().__new__(cls)
 
-    def __setstate__(self, state):
-        self.state = state if isinstance(state, dict) else {"state": state}
-
-    def __setitem__(self, key, value):
-        self.state[key] = value
-
-    def extend(self, values):  # pickle fills subclasses of list by it, or by append
-        pass
-
-    append = extend
+    __setstate__ = __setitem__ = append = extend = lambda self, *values: None
 
 
-STORAGES = {name + "Storage": dtype for name, dtype in {
-    "Half": torch.float16, "BFloat16": torch.bfloat16, "Float": torch.float32, "Double": torch.float64,
-    "Byte": torch.uint8, "Char": torch.int8, "Short": torch.int16, "Int": torch.int32, "Long": torch.int64,
-    "Bool": torch.bool}.items()}
+class TensorsOnly:
+    """torch.load's `pickle_module`: of what a file names only tensors are made; nothing runs."""
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module, name):
+            if f"{module}.{name}" in ("collections.OrderedDict", "torch._utils._rebuild_parameter",
+                                      "torch._utils._rebuild_tensor_v2"):
+                return super().find_class(module, name)
+            return Inert  # but for storages, which torch.load finds by itself
+
+    def load(file, **options):  # of files from before 2020
+        return TensorsOnly.Unpickler(file, **options).load()
 
 
-# Packages whose names weights and their settings are known to bring along, and what they may name of the builtins.
-HARMLESS = ("__torch__", "torch", "collections", "omegaconf", "typing", "enum", "pathlib", "operator", "_operator",
-            "functools", "copyreg", "numpy")
-PLAIN = ("object", "dict", "list", "tuple", "set", "frozenset", "str", "unicode", "bytes", "int", "long", "float",
-         "bool", "complex", "slice", "type", "NoneType")
-
-
-class ArchiveReader(pickle.Unpickler):
-    """Reads the pickle inside a PyTorch zip file and can only ever build tensors, containers and Records.
-
-    Neither pickle's own loading nor TorchScript's is used: both can run what the file says. Here nothing runs: every
-    name but those below becomes a Record, and a name that weights have no use for is refused besides. (That is all
-    it promises: a file made to waste time or memory still can.)
-    """
-    def __init__(self, archive, folder):
-        super().__init__(archive.open(folder + "data.pkl"))
-        self.archive, self.folder, self.storages = archive, folder, {}
-
-    def find_class(self, module, name):
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return self.rebuild_tensor
-        if (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return lambda tensor, *_: tensor
-        if module == "torch" and name in STORAGES:
-            return STORAGES[name]
-        harmless = name in PLAIN if module in ("builtins", "__builtin__") else module.split(".")[0] in HARMLESS
-        if harmless:
-            return Record
-        raise pickle.UnpicklingError(f"it wants {module}.{name}, which weights have no use for; refused")
-
-    def persistent_load(self, pid):
-        _, dtype, key, _, numel = pid  # "storage", what find_class made of its type, file, device, length
-        if key not in self.storages:
-            if self.archive.getinfo(f"{self.folder}data/{key}").compress_type != zipfile.ZIP_STORED:
-                raise ValueError(f"storage {key} is compressed, as PyTorch's never are")  # few bytes could fill memory
-            data = bytearray(self.archive.read(f"{self.folder}data/{key}"))
-            self.storages[key] = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-        if len(self.storages[key]) != numel:
-            raise ValueError(f"storage {key} has {len(self.storages[key])} elements, not {numel}")
-        return self.storages[key]
-
-    @staticmethod
-    def rebuild_tensor(storage, offset, size, stride, *_):
-        if math.prod(size) > storage.numel():
-            raise ValueError(f"a tensor of {size} on a storage of {storage.numel()} elements")
-        return storage.as_strided(size, stride, offset).clone()
-
-
-def read_archive(path):
-    """Content of a .pt file (torch.save's or TorchScript's zip) as tensors, containers and Records.
-
-    Raises FileNotFoundError, ValueError. Nothing in the file is executed.
-    """
+def check_zip(path):
+    """Names in a zip file, as torch.save's are; [] for another file. Raises ValueError (damage)."""
+    if not zipfile.is_zipfile(path):
+        return []
     try:
         with zipfile.ZipFile(path) as archive:
-            entry = next((name for name in archive.namelist() if name.endswith("/data.pkl")), None)
-            if entry is None:
-                raise ValueError("no data.pkl in it")
-            return ArchiveReader(archive, entry[:-len("data.pkl")]).load()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file") from None
-    except (*BROKEN, OSError) as error:  # OSError: an offset before the file's beginning
-        raise ValueError(f"{path}: not a readable PyTorch weights file ({type(error).__name__}: {error})") from None
+            names, damage = archive.namelist(), archive.testzip()
+    except Exception as error:  # of a damaged file, anything
+        damage = error
+    if damage:
+        raise ValueError(f"{path}: damaged ({damage}); make or fetch it anew")
+    return names
 
 
-def tensors_of(module, prefix=""):
-    """A TorchScript module, read as nested Records -> its state dict."""
-    found = {}
-    for name, value in module.state.items():
-        if isinstance(value, torch.Tensor):
-            found[prefix + name] = value
-        elif isinstance(value, Record):
-            found |= tensors_of(value, f"{prefix}{name}.")
-    return found
+def read_weights(path):
+    """What a file of weights holds, whatever its format: tensors in dicts, hopefully."""
+    names = check_zip(path)
+    with open(path, "rb") as file:
+        if file.read(9).endswith(b"{"):  # eight bytes of length, then JSON: safetensors
+            return load_file(path)
+    if any(name.endswith("/constants.pkl") for name in names):  # TorchScript, as OpenAI's file
+        return torch.jit.load(path, map_location="cpu").state_dict()
+    # not weights_only=True: that refuses a file with other objects, as the authors' settings are
+    return torch.load(path, "cpu", pickle_module=TensorsOnly, weights_only=False)
 
 
-def count_blocks(state, prefix):
-    """Number of residual blocks whose weights the state dict holds under `prefix`."""
-    return sum(key.startswith(prefix + "resblocks.") and key.endswith(".ln_1.weight") for key in state)
+HUGGING_FACE = {  # its names -> OpenAI's, replaced in this order
+    "vision_model.": "visual.", "text_model.": "", "visual_projection.weight": "visual.proj",
+    "text_projection.weight": "text_projection", "encoder.layers.": "transformer.resblocks.",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "embeddings.patch_embedding": "conv1", "embeddings.": "", "pre_layrnorm": "ln_pre",
+    "post_layernorm": "ln_post", "final_layer_norm": "ln_final", "layer_norm": "ln_",
+    "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj", "self_attn.": "attn.",
+}
+
+
+def rename(state, names):
+    """A state dict with parts of its keys replaced, one after the other; fp32."""
+    renamed = {}
+    for key, value in state.items():
+        for theirs, ours in names.items():
+            key = key.replace(theirs, ours)
+        renamed[key] = value.float()
+    return renamed
+
+
+def flatten(content, prefix=""):
+    """Nested dicts -> {"outer.inner": tensor}; what is no tensor drops out."""
+    tensors = {}
+    for key, value in content.items():
+        if isinstance(value, dict):
+            tensors |= flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, torch.Tensor):
+            tensors[f"{prefix}{key}"] = value
+    return tensors
+
+
+def openai_state(content):
+    """CLIP's weights in any layout -> state dict with OpenAI's keys. Raises ValueError."""
+    tensors = flatten(content)
+    names = " ".join(tensors)
+    signs = {"a ResNet": "attnpool", "a ViT": "class_emb", "a text encoder": "token_emb"}
+    parts = [part for part, sign in signs.items() if sign in names]
+    if parts != ["a ViT", "a text encoder"]:
+        raise ValueError(f"taken for {' and '.join(parts) or 'something else'} ({names:.60}…)")
+    # dicts around them, DistributedDataParallel's "module.": what precedes one key precedes all
+    ends = ("visual.class_embedding", "vision_model.embeddings.class_embedding")
+    prefix = next(key for key in tensors if key.endswith(ends)).rpartition("vis")[0]
+    drop = ("input_resolution", "context_length", "vocab_size", "attn_mask", "position_ids")
+    state = {}
+    for key, value in tensors.items():
+        if key.startswith(prefix) and not key.endswith(drop):
+            key = key.removeprefix(prefix).removeprefix("text.")  # open_clip's CustomTextCLIP
+            state[key] = value
+    if "visual.proj" in state:
+        return state
+    state = rename(state, HUGGING_FACE)
+    for name in ("visual.proj", "text_projection"):
+        state[name] = state[name].T
+    for q in [key for key in state if "q_proj" in key]:  # three layers there, one here
+        qkv = [state.pop(q.replace("q_proj", f"{x}_proj")) for x in "qkv"]
+        state[q.replace("q_proj.", "in_proj_")] = torch.cat(qkv)
+    return state
+
+
+def check_config(path):
+    """What a config beside the weights says of activation and heads, which these do not tell."""
+    known = "assumed: no config.json lies beside it"
+    for name in ("config.json", "open_clip_config.json"):
+        file = Path(path).with_name(name)
+        config = json.loads(file.read_text()) if file.exists() else {}
+        config = config.get("model_cfg", config)
+        usual = "quick_gelu" if config.get("quick_gelu") or "vision_cfg" not in config else "gelu"
+        for part in ("vision_config", "text_config", "vision_cfg", "text_cfg"):
+            tower = config.get(part) or {"hidden_act": "quick_gelu"}
+            activation = tower.get("hidden_act", usual)
+            width = tower.get("hidden_size", tower.get("width"))
+            heads = tower.get("num_attention_heads", tower.get("heads"))
+            head = tower.get("head_width", width / heads if heads else 64)
+            if activation != "quick_gelu" or head != 64:  # features would be silently wrong
+                raise ValueError(f"{name} says {activation}, heads of {head:g}; built here are "
+                                 f"quick_gelu and heads of 64, as OpenAI's")
+            known = f"as {name} says" if part in config else known
+    return known
+
+
+def make_clip(state, device="cpu"):
+    """State dict with OpenAI's keys -> CLIP of its sizes in fp32, in evaluation mode, frozen."""
+    width, _, patch, _ = state["visual.conv1.weight"].shape                      # (C, 3, P, P)
+    side = math.isqrt(len(state["visual.positional_embedding"]) - 1)  # of the grid of patches
+    vocab_size, text_width = state["token_embedding.weight"].shape
+    blocks = [key for key in state if key.endswith("ln_1.weight")]
+    vision_layers = sum(key.startswith("visual.") for key in blocks)
+    clip = CLIP(patch * side, patch, width, vision_layers, len(state["positional_embedding"]),
+                vocab_size, text_width, len(blocks) - vision_layers,
+                output_dim=state["text_projection"].shape[1])
+    clip.load_state_dict(state)
+    return clip.eval().requires_grad_(False).to(device)
 
 
 def load_clip(path, device="cpu"):
-    """OpenAI's TorchScript archive or a plain state dict -> CLIP in fp32, in evaluation mode, frozen.
-
-    Every size is read off the tensors' shapes, so any ViT loads. Raises FileNotFoundError, ValueError.
-    """
-    content = read_archive(path)
+    """A file of CLIP's weights in any layout -> CLIP as make_clip's; says what it is taken for."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file; nor is it one of {', '.join(MODELS)}")
     try:
-        state = tensors_of(content) if isinstance(content, Record) else dict(content)
-        for extra in ("input_resolution", "context_length", "vocab_size"):  # OpenAI's file carries them along
-            state.pop(extra, None)
-        C, _, patch, _ = state["visual.conv1.weight"].shape
-        vocab_size, text_width = state["token_embedding.weight"].shape
-        clip = CLIP(image_size=patch * math.isqrt(len(state["visual.positional_embedding"]) - 1), patch=patch,
-                    vision_width=C, vision_layers=count_blocks(state, "visual.transformer."),
-                    context_length=len(state["positional_embedding"]), vocab_size=vocab_size, text_width=text_width,
-                    text_layers=count_blocks(state, "transformer."), output_dim=state["text_projection"].shape[1])
-        clip.load_state_dict(state)
-    except BROKEN as error:
-        raise ValueError(f"{path}: not the weights of a CLIP with a ViT ({type(error).__name__}: {error})") from None
-    return clip.float().eval().requires_grad_(False).to(device)
+        known = check_config(path)
+        clip = make_clip(openai_state(read_weights(path)), device)
+    except Exception as error:  # of a damaged or foreign file, anything
+        raise ValueError(f"{path}: no CLIP with a ViT: {error!s:.300}") from None
+    print0(f"{path}: a CLIP whose ViT has {clip.visual.config}; QuickGELU, heads of 64 ({known})")
+    return clip
 
 
-def fingerprint(module):
-    """Short hex digest of a module's weights: which CLIP made a bank, which one a checkpoint belongs to."""
-    digest = hashlib.sha256()
+def digest(module):
+    """16 hex digits that follow from a module's weights."""
+    sha256 = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+        sha256.update(name.encode() + tensor.float().cpu().numpy().tobytes())
+    return sha256.hexdigest()[:16]
 
 
-def clip_identity(clip, weights, vocab):
-    """What a checkpoint says of the CLIP that it was trained against, and of the files that this CLIP came from."""
-    return {"weights": str(Path(weights).resolve()), "vocab": str(Path(vocab).resolve()),
-            "fingerprint": fingerprint(clip)}
+def pack_clip(clip, tokenizer):
+    """What a checkpoint carries of CLIP; fp16 where that is exact. Raises ValueError (misfit)."""
+    if tokenizer.vocab_size != clip.token_embedding.num_embeddings:
+        raise ValueError(f"a vocabulary of {tokenizer.vocab_size} tokens for a CLIP of "
+                         f"{clip.token_embedding.num_embeddings}; name CLIP's own with --vocab")
+    state = {}
+    for key, value in clip.state_dict().items():
+        value = value.cpu()
+        exact = torch.equal(value.half().float(), value)
+        state[key] = value.half() if exact else value
+    return {"state": state, "merges": tokenizer.merges}
 
 
-# -------------------------------------------------------------------- the eye becomes an ear (Fig. 4)
+def unpack_clip(packed, device="cpu"):
+    """What pack_clip made -> (CLIP, its tokenizer)."""
+    clip = make_clip(packed["state"], device)
+    return clip, Tokenizer(packed["merges"], clip.context_length)
 
+
+# --------------------------------------------------- from images to sound: three changes (Fig. 4)
 def resize_positions(pos, grid, new_grid):
-    """(1 + h·w, C) positions of an h×w grid -> (1 + h2·w2, C): bilinear; the class token keeps its own."""
-    patches = pos[1:].reshape(1, *grid, -1).permute(0, 3, 1, 2)                                 # (1, C, h, w)
-    patches = F.interpolate(patches, size=new_grid, mode="bilinear", align_corners=False)       # (1, C, h2, w2)
-    return torch.cat([pos[:1], patches[0].flatten(1).T])                                        # (1 + h2·w2, C)
+    """(1 + h·w, C) positions of a grid -> (1 + h2·w2, C), bilinear; the class token's stays."""
+    patches = pos[1:].reshape(1, *grid, -1).permute(0, 3, 1, 2)                  # (1, C, h, w)
+    patches = F.interpolate(patches, new_grid, mode="bilinear", align_corners=False)
+    return torch.cat([pos[:1], patches[0].flatten(1).T])                         # (1 + h2·w2, C)
 
 
 def blank_audio_encoder(clip, frames=FrontEnd.frames, mels=FrontEnd.mels, stride=(16, 24)):
-    """The audio encoder with random weights, (B, 1, T, F) -> (B, D): what VA-Rand starts from (§4)."""
-    return VisionTransformer(**(clip.visual.config | {"input_size": (frames, mels), "stride": stride, "channels": 1}))
+    """The audio encoder with random weights, (B, 1, T, F) -> (B, D): VA-Rand's start (§4)."""
+    config = clip.visual.config | {"input_size": (frames, mels), "stride": stride, "channels": 1}
+    return VisionTransformer(**config)
 
 
 def inherit(encoder, state, grid):
-    """Load weights whose positions are those of another grid into an encoder; returns it, on their device."""
+    """Fill an encoder with weights whose positions are another grid's -> it, on their device."""
     positions = resize_positions(state["positional_embedding"], grid, encoder.grid)
     encoder.load_state_dict(state | {"positional_embedding": positions})
     return encoder.to(positions.device)
@@ -371,99 +367,95 @@ def inherit(encoder, state, grid):
 
 def audio_encoder_from_clip(clip, frames=FrontEnd.frames, mels=FrontEnd.mels, stride=(16, 24)):
     """CLIP's visual tower with the paper's three changes, (B, 1, T, F) -> (B, D) (§3.2.1)."""
-    encoder = blank_audio_encoder(clip, frames, mels, stride)  # 1. patches overlap: stride below the kernel's size
-    kernel = clip.visual.conv1.weight.mean(1, keepdim=True)    # 2. averaged over colours: (C, 3, P, P) -> (C, 1, P, P)
-    state = clip.visual.state_dict() | {"conv1.weight": kernel}
-    return inherit(encoder, state, clip.visual.grid)           # 3. positions 7×7 -> 61×5
+    # 1. patches overlap: their stride is below the kernel's size
+    encoder = blank_audio_encoder(clip, frames, mels, stride)
+    # 2. the kernel is averaged over colours: (C, 3, P, P) -> (C, 1, P, P)
+    kernel = clip.visual.conv1.weight.mean(1, keepdim=True)
+    # 3. positions are resized from the image's grid to the sound's: 7×7 -> 61×5
+    return inherit(encoder, clip.visual.state_dict() | {"conv1.weight": kernel}, clip.visual.grid)
 
 
 def lengthen(encoder, frames):
-    """The same audio encoder for inputs of another number of frames: its positions resized again (App. D)."""
-    longer = VisionTransformer(**(encoder.config | {"input_size": (frames, encoder.input_size[1])}))
-    return inherit(longer, encoder.state_dict(), encoder.grid)
+    """An audio encoder for another number of frames: its positions resized again (App. D)."""
+    config = encoder.config | {"input_size": (frames, encoder.input_size[1])}
+    return inherit(VisionTransformer(**config), encoder.state_dict(), encoder.grid)
 
 
-# --------------------------------------------------------------------- the authors' checkpoints
-
-# Their audio head's names -> those of CLIP's visual tower; the first that fits counts.
-AUTHORS = {"encoder.": "transformer.", "pre_encoder.ln.": "ln_pre.", "pre_encoder.": "", "post_encoder.ln.": "ln_post.",
-           "post_encoder.": "", "misc.": "", "": ""}
-
-
-def import_vipant(path, clip, mels=FrontEnd.mels, stride=(16, 24)):
-    """A checkpoint of the authors' -> encoder config, "learner" state and front end, as our checkpoints hold them.
-
-    Their file is {"cfg": settings, "model": (image, audio, text, loss)} of state dicts; the kernel has 3 channels,
-    whose mean they take in every forward pass. Nothing in the file is executed. clip: the CLIP it was trained
-    against. Raises FileNotFoundError, ValueError (another format, another CLIP).
-    """
-    content = read_archive(path)
-    try:
-        image, audio, _, loss = content["model"]
-        state = {}
-        for key, value in audio.items():
-            prefix = next(prefix for prefix in AUTHORS if key.startswith(prefix))
-            state[AUTHORS[prefix] + key[len(prefix):]] = value.float()
-        state["conv1.weight"] = state["conv1.weight"].mean(1, keepdim=True)          # (C, 3, P, P) -> (C, 1, P, P)
-        C, _, patch, _ = state["conv1.weight"].shape
-        rows = (len(state["positional_embedding"]) - 1) // ((mels - patch) // stride[1] + 1)
-        # several numbers of frames give so many rows: the usual one, else the smallest
-        frames = 1000 if (1000 - patch) // stride[0] + 1 == rows else patch + stride[0] * (rows - 1)
-        encoder = VisionTransformer((frames, mels), patch, stride, channels=1, width=C, heads=C // 64,
-                                    layers=count_blocks(state, "transformer."), output_dim=state["proj"].shape[1])
-        encoder.load_state_dict(state)
-        log_scale = next((value for key, value in loss.items() if key.endswith("logit_scale")), LOG_SCALE)
-        learner = {f"audio_encoder.{key}": value for key, value in encoder.state_dict().items()}
-        learner["log_scale"] = torch.as_tensor(log_scale).float().reshape(())
-        if not all(value.isfinite().all() for value in learner.values()):
-            raise ValueError("its weights are not finite")
-        eye, visual = image.get("post_encoder.proj"), clip.visual
-        if (patch, C, encoder.proj.shape) != (visual.config["patch"], visual.config["width"], visual.proj.shape) or (
-                eye is not None and not torch.allclose(eye.float(), visual.proj.cpu(), atol=1e-3)):
-            raise ValueError("it was trained against another CLIP; name its weights with --clip")
-    except BROKEN as error:
-        raise ValueError(f"{path}: not a checkpoint of the authors' ({type(error).__name__}: {error})") from None
-    if eye is None:
-        print(f"{path} does not hold the CLIP it was trained against; that it was this one can't be verified")
-    return {"encoder": encoder.config, "learner": learner, "front_end": asdict(FrontEnd(mels=mels, frames=frames))}
+# ---------------------------------------------------------------------- the authors' checkpoints
+RELEASED = "https://storage.googleapis.com/ai2-mosaic-public/projects/vipant/model"
+VIPANT = {  # of their two with +AT GC, the one that is best on three datasets
+    "vipant": "01FFQTZK9YBPRDQHHR6157AGBR/00071478.pth",
+    "vipant-gc": "01FM2Y9HJ896B2G6NKRXTEVXZ7/00004140.pth",
+}
+AUTHORS = {  # their audio encoder's names -> CLIP's visual tower's, replaced in this order
+    "encoder.resblocks.": "transformer.resblocks.", "pre_encoder.ln.": "ln_pre.",
+    "post_encoder.ln.": "ln_post.", "pre_encoder.": "", "post_encoder.": "", "misc.": "",
+    "encoder.": "",
+}
 
 
-# ------------------------------------------------------------------------------------ commands
+def authors_encoder(content, clip):
+    """A checkpoint of the authors', the CLIP it chased -> audio encoder, log(1/temperature) ()."""
+    *others, loss = content["model"]  # (audio, loss), or (image, audio, text, loss)
+    image, audio = others[:2] if len(others) == 3 else ({}, *others)
+    state, encoder = rename(audio, AUTHORS), blank_audio_encoder(clip)
+    kernel = state["conv1.weight"].mean(1, keepdim=True)  # of three channels, or of one
+    images = len(state["positional_embedding"]) == len(clip.visual.positional_embedding)
+    grid = clip.visual.grid if images else encoder.grid  # their code may resize while it loads
+    inherit(encoder, state | {"conv1.weight": kernel}, grid)
+    projection = rename(image or {}, AUTHORS).get("proj", clip.visual.proj)
+    if not torch.allclose(projection, clip.visual.proj, atol=1e-3):
+        raise ValueError("it chased another CLIP; name that with --clip")
+    scales = [value for key, value in loss.items() if key.endswith("logit_scale")]
+    return encoder, torch.tensor(float(scales[0] if scales else LOG_SCALE))
 
-def import_theirs(theirs, ours, clip, vocab):
-    """Write a checkpoint of the authors' as one of ours; clip: a name of OpenAI's or a path."""
-    from train import save_checkpoint, versions  # it imports this file
-    weights = cached(clip)
-    clip = load_clip(weights)
-    content = import_vipant(theirs, clip)
-    save_checkpoint(ours, content | {
-        "stage": "pretrain", "step": 0, "steps": 0, "settings": {"init": "clip", "imported": theirs},
-        "versions": versions(), "clip": clip_identity(clip, weights, vocab)})
-    print(f"{ours}: audio encoder of {content['front_end']['frames'] / 100:g} s; "
-          f"next: python evaluate.py --task all --checkpoint {ours}")
+
+def import_vipant(source, out, clip, packed, settings):
+    """Write a checkpoint of the authors', a file or an address, as one of ours with CLIP inside."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = source
+        try:
+            if "://" in source:
+                path = f"{folder}/theirs.pth"
+                torch.hub.download_url_to_file(source, path)
+            encoder, log_scale = authors_encoder(read_weights(path), clip)
+        except Exception as error:  # of a damaged or foreign file, anything
+            raise ValueError(f"{source}: no checkpoint of the authors': {error!s:.300}\nOne of "
+                             f"yours: python clip_load.py import-vipant FILE {out}") from None
+    learner = {f"audio_encoder.{key}": value for key, value in encoder.state_dict().items()}
+    checkpoint = {"stage": "finetune" if "source" in settings else "pretrain",
+                  "settings": settings | {"imported": Path(source).name}, "step": 0, "steps": 0,
+                  "encoder": encoder.config, "learner": learner | {"log_scale": log_scale},
+                  "front_end": asdict(FrontEnd()), "clip": packed,
+                  "torch": str(torch.__version__)}
+    write_whole(out, lambda part: torch.save(checkpoint, part))
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Download OpenAI's CLIP weights and vocabulary, verified.",
-                                     allow_abbrev=False)
-    parser.add_argument("--model", choices=MODELS, default="ViT-B/32", help="the paper uses ViT-B/32")
-    commands = parser.add_subparsers(dest="command", metavar="import-vipant")
-    command = commands.add_parser("import-vipant", help="turn a checkpoint of the authors' into one of ours")
-    command.add_argument("theirs", help="their file, for example 00071478.pth")
-    command.add_argument("ours", help="the checkpoint to write, for example out/authors.pt")
-    command.add_argument("--clip", default="ViT-B/32", help="the CLIP it was trained against (ViT-B/32)")
-    command.add_argument("--vocab", default=str(VOCABULARY_PATH), help="the tokenizer's")
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", default=["ViT-B/32"])
+    parser.add_argument("--clip", default="ViT-B/32", help="that the authors' checkpoint chased")
+    parser.add_argument("--vocab", help="path of CLIP's vocabulary")
     args = parser.parse_args()
-    if args.command == "import-vipant":
-        import_theirs(args.theirs, args.ours, args.clip, args.vocab)
-        return
-    weights = cached(args.model, fetch=True)
-    vocabulary = download(VOCABULARY, VOCABULARY_PATH, VOCABULARY_SHA256)
-    clip, tokenizer = load_clip(weights), Tokenizer(vocabulary)
-    print(f"{weights}: {sum(p.numel() for p in clip.parameters()) / 1e6:.0f} M parameters, "
-          f"images {clip.image_size}×{clip.image_size}, {clip.text_projection.shape[1]} dimensions, verified")
-    print(f"{vocabulary}: {tokenizer.vocab_size} tokens, verified")
-    print("next: python pretrain.py --data toy, or the full run in README.md")
+    name, *files = args.what
+    if len(files) != (2 if name == "import-vipant" else 0):
+        parser.error("needed: one name, or import-vipant FILE_OR_ADDRESS OUT")
+    if name in VIPANT:
+        files = [f"{RELEASED}/{VIPANT[name]}", f"out/{name}/checkpoint.pt"]
+    if files and Path(files[1]).exists():
+        print(f"{files[1]} is there already and is kept")
+    else:
+        clip = load_clip(find_clip(args.clip if files else name))
+        tokenizer = Tokenizer(find_vocabulary(args.vocab), clip.context_length)
+        packed = pack_clip(clip, tokenizer)
+        if files:
+            settings = {"source": "gc"} if name == "vipant-gc" else {"init": "clip"}
+            import_vipant(*files, clip, packed, settings)
+    command = "clip_load.py vipant"
+    if files:
+        command = f'evaluate.py --task search --checkpoint {files[1]} --audio FOLDER --query "..."'
+    print(f"next: python {command}")
 
 
 if __name__ == "__main__":

@@ -1,263 +1,669 @@
 """Stage 1: an audio encoder chases frozen CLIP embeddings of video frames (§3.2, Eq. 4).
 
-    python pretrain.py --data toy                        # minutes on a laptop: the toy world, its CLIP, vip-AnT
-    python pretrain.py --data toy --init random          # VA-Rand
-    python pretrain.py --data random                     # no data: how fast is the paper's step here?
-    python pretrain.py --data random --batch 8 --steps 5 --log-every 1      # ... on a CPU
-    torchrun --nproc_per_node=4 pretrain.py              # the paper's run, on data/audioset
+    python pretrain.py --data toy                # minutes on a laptop: toy world, its CLIP, vip-AnT
+    python pretrain.py --data toy --init random  # VA-Rand
+    python pretrain.py --data data/mine          # your own videos, after data.py extract
+    torchrun --nproc_per_node=4 pretrain.py      # the paper's run, on data/audioset
 
-bank.py embeds the frames, train.py is the loop; here is what they are given. Defaults are the paper's run; --data toy
-and --data random bring their own (PRESETS).
+CLIP never changes, so it runs once over all frames and leaves a *bank* of embeddings. What is left
+is an audio encoder that chases rows of an array: `train`, which serves every stage.
 
-B  clips on this rank     D  embedding     N  clips     L  tokens     R  side of an image
+B  clips on this rank   N  clips   M  rows of a bank   D  embedding   T, F  frames and mel bins
 """
+import argparse
+import hashlib
+import json
 import math
 import os
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, replace
+import time
+import timeit
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
+from clip_load import (Tokenizer, audio_encoder_from_clip, blank_audio_encoder, check_zip, digest,
+                       find_clip, find_vocabulary, load_clip, pack_clip)
+from data import (FrontEnd, Unreadable, dataset_folder, end_with_parent, held_out_by_audiocaps,
+                  load_image, make_toy, mask, read_index, read_split, run, write_whole)
+from model import (CLIP, LARS, LOG_SCALE, VisionTransformer, barrier, info_nce, join_ranks,
+                   parameter_groups, print0, rank_and_size, schedule)
+
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset, default_collate
+from tqdm import tqdm
 
-from bank import embed_all, frame_bank
-from clip_load import (
-    Tokenizer,
-    audio_encoder_from_clip,
-    blank_audio_encoder,
-    cached,
-    clip_identity,
-    load_clip,
-)
-from data import load_image
-from model import CLIP, VisionTransformer, info_nce
-from prepare import sound_loader
-from processes import barrier, ranks, run, start_ranks
-from readers import dataset_folder, held_out_by_audiocaps, read_index, read_split
-from toy import make_toy
-from train import (
-    AudioLearner,
-    AudioSamples,
-    RandomSamples,
-    Training,
-    digest_of,
-    parse,
-    save_checkpoint,
-    setting,
-    train,
-)
+# ----------------------------------------------------------------------------------- settings
 
-# ------------------------------------------------------------------------------------ settings
+def setting(default, help, choices=None, free=False):
+    """A field of a stage's settings. `free`: decides no result, may change when a run goes on."""
+    return field(default=default, metadata={"help": help, "choices": choices, "free": free})
+
+
+@dataclass(frozen=True)
+class Training:
+    """What every training has to settle; defaults are the paper's VA pre-training (Table 5)."""
+    out: str = setting("", "the run's folder; empty: out/<dataset>/<what is trained>", free=True)
+    seed: int = setting(0, "fixes weights, order, frames and masks")
+    optimizer: str = setting("lars", "of Table 5", ["lars", "adam"])
+    batch: int = setting(432, "clips a step over all ranks; each other's negatives")
+    epochs: int = setting(25, "passes over the training clips")
+    steps: int = setting(0, "stop after so many; the command without it goes on; 0: all", free=True)
+    warmup_epochs: float = setting(10.0, "of linear warm-up, then cosine to 0.1 %")
+    lr_weights: float = setting(0.2, "peak for weights; with lars times batch/256")
+    lr_biases: float = setting(4.8e-3, "the same for biases, norms and temperature")
+    weight_decay: float = setting(1e-6, "on weights")
+    precision: str = setting("auto", "auto: bf16 where it is fast", ["auto", "bf16", "fp32"])
+    compile: str = setting("auto", "torch.compile; auto: on CUDA", ["auto", "yes", "no"], free=True)
+    recompute: bool = setting(False, "blocks' activations: less memory, more work", free=True)
+    workers: int = setting(min(8, os.cpu_count() or 1), "decoding processes a rank", free=True)
+    log_every: int = setting(50, "steps between log lines", free=True)
+    save_every: int = setting(1000, "steps between checkpoints, besides epochs' ends", free=True)
+
+    def lr_factor(self, step, steps_per_epoch):
+        """Factor on the peak learning rates at a step."""
+        return schedule(step, self.epochs * steps_per_epoch, self.warmup_epochs * steps_per_epoch)
+
 
 @dataclass(frozen=True)
 class Settings(Training):
     """VA pre-training; the command line is derived from this."""
-    data: str = setting("audioset", "toy, random (synthetic clips, to time the step), or a folder (audioset means "
-                        "data/audioset) with train.jsonl and val.jsonl")
-    init: str = setting("clip", "start of the audio encoder: clip is vip-AnT, random is VA-Rand", ["clip", "random"])
-    leave_out: str = setting("data/audiocaps", "folder of AudioCaps' tables: its val and test clips are left out of "
-                             "training; none: train on them", free=True)  # another choice changes the clips' digest
+    data: str = setting("audioset", "a dataset's name or its folder", free=True)
+    clip: str = setting("ViT-B/32", "one of OpenAI's names, or a path to weights", free=True)
+    vocab: str = setting("", "path of the tokenizer's vocabulary; empty: CLIP's", free=True)
+    init: str = setting("clip", "start: clip is vip-AnT, random is VA-Rand", ["clip", "random"])
+    leave_out: str = setting("data/audiocaps", "AudioCaps' tables: its tests do not train; or none",
+                             free=True)
+    sample_rate: int = setting(FrontEnd.sample_rate, "Hz; audio is resampled to it")
+    mels: int = setting(FrontEnd.mels, "mel bins")
+    frames: int = setting(FrontEnd.frames, "of 10 ms that the encoder hears")
+    mean: float = setting(FrontEnd.mean, "of the training set's log-mel values at that rate")
+    std: float = setting(FrontEnd.std, "of the same")
+    stride_time: int = setting(16, "frames between patches")
+    stride_mel: int = setting(24, "mel bins between patches")
 
 
-# The paper at half its scale: 64 mel bins, patches of 16 pixels (the toy CLIP's), overlapping by a quarter. Mean and
-# std are the toy's own; 62 steps are an epoch.
-TOY = Settings(data="toy", leave_out="none", clip="out/toy/clip/clip.pt", vocab="data/toy/vocab.txt.gz",
-               sample_rate=16_000, mels=64, frames=100, mean=-2.21, std=3.51, stride_time=12, stride_mel=12, batch=64,
-               epochs=9, warmup_epochs=0.5, lr_weights=5.0, lr_biases=7e-3, workers=1, log_every=62)
-TOY_CLIP = replace(TOY, out="out/toy/clip", optimizer="adam", batch=128, epochs=8, warmup_epochs=0.3,
-                   lr_weights=5e-4, lr_biases=5e-4)
-# The paper's step without a file: what this machine can do.
-RANDOM = Settings(data="random", init="random", steps=50, log_every=10)
-PRESETS = {"toy": TOY, "random": RANDOM}
+# The paper at half its scale: 64 mel bins, patches of 16 pixels (the toy CLIP's) that overlap by a
+# quarter. Mean and std are the toy's own; 62 steps are an epoch.
+TOY = Settings(data="toy", leave_out="none", clip="out/toy/clip/clip.pt",
+               vocab="data/toy/vocab.txt.gz", sample_rate=16_000, mels=64, frames=100, mean=-2.21,
+               std=3.51, stride_time=12, stride_mel=12, batch=64, epochs=9, warmup_epochs=0.5,
+               lr_weights=5.0, lr_biases=7e-3, workers=1, log_every=62)
 
 
-# --------------------------------------------------------------------------------- the toy's CLIP
+def parse(defaults, presets, argv=None, description=None):
+    """Command line -> settings. --data or --head may name a preset, which other flags override."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in fields(defaults):
+        text = f"{f.metadata['help']} ({getattr(defaults, f.name)})".replace("%", "%%")
+        kind = {"type": f.type, "choices": f.metadata["choices"]}
+        if f.type is bool:
+            kind = {"action": "store_true"}
+        flag = "--" + f.name.replace("_", "-")
+        parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **kind)
+    given = vars(parser.parse_args(argv))
+    preset = presets.get(given.get("head") or given.get("data"), defaults)
+    return replace(preset, **given)
 
-class ClipLearner(nn.Module):
-    """The toy's CLIP itself, learned from image-caption pairs: the L_cst(V, T) term of Eq. 3."""
 
-    def __init__(self, clip):
+# ---------------------------------------------------------------------- banks, in chunk files
+
+CHUNK = 4096  # rows in a file
+
+
+def in_chunks(folder, count, make, description):
+    """An array of `count` rows in files of CHUNK rows, made by the ranks in turn -> their paths.
+
+    make(start, end) yields the rows from start to end in parts (b, ...). A file is whole or not
+    there: what a killed run has made, the next one keeps.
+    """
+    rank, size = rank_and_size()
+    paths = [Path(folder) / f"{start:09d}.npy" for start in range(0, count, CHUNK)]
+    todo = [i for i in range(rank, len(paths), size) if not paths[i].exists()]
+    total = min(count, len(todo) * CHUNK)
+    with tqdm(total=total, desc=description, unit="", disable=rank > 0 or not todo) as bar:
+        for i in todo:
+            parts = []
+            for part in make(i * CHUNK, min((i + 1) * CHUNK, count)):
+                parts.append(part)
+                bar.update(len(part))
+            write_whole(paths[i], partial(np.save, arr=np.concatenate(parts)))
+    barrier()
+    return paths
+
+
+def open_chunk(path):
+    """A chunk file's array, mapped into memory. Raises ValueError where the file is damaged."""
+    try:
+        return np.load(path, mmap_mode="r")
+    except (ValueError, EOFError, SyntaxError) as error:
+        raise ValueError(f"{path}: damaged ({error}); delete it to have it made anew") from None
+
+
+def read_batch(items, read):
+    """Items read in a worker process -> which could be, (b,) bool, and a batch of these."""
+    samples, good = [], np.zeros(len(items), bool)
+    for i, item in enumerate(items):
+        try:
+            samples.append(read(item))
+            good[i] = True
+        except Unreadable as error:
+            print(f"skipped: {error}", file=sys.stderr, flush=True)
+    return good, default_collate(samples) if samples else None
+
+
+@torch.no_grad()
+def embed(items, read, encode, dimensions, workers=0):
+    """encode(batch of read(item)) for items in order: yields (b, D) float32, zeros for bad ones."""
+    loader = DataLoader(items, batch_size=128, num_workers=workers,
+                        collate_fn=partial(read_batch, read=read),
+                        worker_init_fn=partial(end_with_parent, os.getpid()))
+    for good, batch in loader:
+        features = np.zeros((len(good), dimensions), np.float32)
+        if good.any():
+            features[good] = encode(batch).float().cpu().numpy()
+        yield features
+
+
+def embed_all(items, read, encode, dimensions, device, workers=0):
+    """The same in memory, shared by the ranks and the same on each -> (N, D) on the CPU."""
+    rank, size = rank_and_size()
+    features = torch.zeros(len(items), dimensions)
+    parts = list(embed(items[rank::size], read, encode, dimensions, workers))
+    if parts:
+        features[rank::size] = torch.from_numpy(np.concatenate(parts))
+    if size > 1:
+        features = features.to(device)
+        dist.all_reduce(features)  # a sum: one rank made a row, the others left it 0
+    return features.cpu()
+
+
+def unit(features):
+    """(B, D) -> the same directions with length 1, float32."""
+    return F.normalize(features.float(), dim=1)
+
+
+def short_digest(*texts):
+    """16 hex digits that follow from texts."""
+    return hashlib.sha256("\n".join(texts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def embed_to_disk(folder, kind, names, items, read, encode, clip, workers=0):
+    """CLIP's unit embeddings of items, (M, D) fp16 -> paths of chunk files.
+
+    Their folder's name follows from CLIP's weights and `names`: what is there is what is meant.
+    """
+    def make(start, end):
+        dimensions = clip.visual.config["output_dim"]
+        for features in embed(items[start:end], read, encode, dimensions, workers):
+            yield features.astype(np.float16)
+
+    folder = Path(folder) / f"{kind}-{short_digest(digest(clip), *names)}"
+    return in_chunks(folder, len(items), make, f"CLIP embeds {len(items)} {kind}")
+
+
+def text_bank(folder, texts, clip, tokenizer, device):
+    """CLIP's embeddings of texts, as embed_to_disk leaves them."""
+    return embed_to_disk(folder, "texts", texts, texts, lambda text: tokenizer([text])[0],
+                         lambda tokens: unit(clip.encode_text(tokens.to(device))), clip)
+
+
+def frame_bank(folder, clips, clip, device, workers):
+    """Bank of CLIP's embeddings of all frames of clips."""
+    frames = [frame for c in clips for frame in c.frames]
+    names = [f"{c.id} {os.path.basename(frame)}" for c in clips for frame in c.frames]
+    read = partial(load_image, size=clip.image_size)
+    paths = embed_to_disk(folder, "frames", names, frames, read,
+                          lambda images: unit(clip.encode_image(images.to(device))), clip, workers)
+    return Bank(paths, np.arange(len(frames)), np.cumsum([0] + [len(c.frames) for c in clips]))
+
+
+class Bank:
+    """Frozen target embeddings in chunk files, (M, D) fp16 unit vectors, and the rows of each clip.
+
+    Clip i has the rows rows[starts[i]:starts[i + 1]]. A row of zeros is one that can't be read.
+    """
+
+    def __init__(self, paths, rows, starts):
+        self.paths, self.rows, self.starts = paths, rows, starts
+
+    def of(self, i):
+        """Numbers of clip i's rows."""
+        return self.rows[self.starts[i]:self.starts[i + 1]]
+
+    def row(self, row):
+        """One embedding -> (D,) float32."""
+        return torch.tensor(open_chunk(self.paths[row // CHUNK])[row % CHUNK].astype(np.float32))
+
+    def draw(self, i, rng):
+        """One of clip i's embeddings at random -> (D,). Raises Unreadable where it has none."""
+        for row in rng.permutation(self.of(i)):
+            target = self.row(row)
+            if target.any():
+                return target
+        raise Unreadable(f"clip number {i}: not one of its frames can be read")
+
+
+# ------------------------------------------------------------------------ learner and samples
+
+def masked_input(front_end, batch):
+    """A batch's filterbanks, normalised and masked -> (B, 1, T, F)."""
+    # no autocast: bf16 would round the mel energies
+    with torch.no_grad(), torch.autocast(batch["wave"].device.type, enabled=False):
+        return mask(front_end(batch["wave"], batch["length"]), batch["draws"])
+
+
+class AudioLearner(nn.Module):
+    """What learns: audio encoder and temperature. Batches come from AudioSamples."""
+
+    def __init__(self, audio_encoder, front_end):
         super().__init__()
-        self.clip = clip
+        self.audio_encoder, self.front_end = audio_encoder, front_end
+        self.log_scale = nn.Parameter(torch.tensor(LOG_SCALE))
 
     def forward(self, batch):
-        return self.clip.encode_image(batch["image"]), self.clip.encode_text(batch["tokens"])  # 2 × (B, D)
+        """Batch -> audio features (B, D), their targets (B, kinds, D)."""
+        return self.audio_encoder(masked_input(self.front_end, batch)), batch["target"]
 
-    def loss(self, images, texts):
-        return info_nce(images, texts, self.clip.logit_scale)
-
-    def guessing(self, candidates):
-        return 2 * math.log(candidates)
+    def loss(self, audio, targets):
+        """Contrastive losses with each kind of target, summed: one (Eq. 4), in VAT two (App. E)."""
+        return sum(info_nce(audio, target, self.log_scale) for target in targets.unbind(1))
 
     def report(self):
-        return {"temperature": self.clip.logit_scale.neg().exp().item()}
+        """Numbers for the log."""
+        return {"temperature": self.log_scale.neg().exp().item()}
 
     def flops(self):
-        return 3 * (self.clip.visual.flops() + self.clip.transformer.flops(self.clip.context_length))
+        """Of one clip's forward and backward pass; a backward pass costs two forward."""
+        return 3 * self.audio_encoder.flops()
+
+    def embed(self, paths, device, workers=0):
+        """Unit embeddings of sound files -> (N, D), zeros where one can't be read."""
+        def encode(batch):
+            wave, length = batch
+            return unit(self.audio_encoder(self.front_end(wave.to(device), length.to(device))))
+
+        dimensions = self.audio_encoder.config["output_dim"]
+        return embed_all(paths, self.front_end.load, encode, dimensions, device, workers)
 
 
-class PairSamples:
-    """Image-caption pairs, few enough to stay in memory: sample i is a picture and one of its captions."""
-    paths = ()
+class AudioSamples:
+    """Clips with banks of targets: a sample is a waveform, a row of each bank, draws for masks."""
 
-    def __init__(self, clips, tokenizer, image_size):
-        self.images = torch.stack([load_image(clip.frames[0], image_size) for clip in clips])   # (N, 3, R, R)
-        self.tokens = [tokenizer(clip.captions) for clip in clips]                              # N × (captions, L)
+    def __init__(self, clips, banks, front_end):
+        self.paths = np.array([os.fsencode(clip.audio) for clip in clips])  # shared with workers
+        self.banks, self.front_end = banks, front_end
 
     def __len__(self):
-        return len(self.tokens)
+        return len(self.paths)
 
     def read(self, i, rng):
-        return {"image": self.images[i], "tokens": self.tokens[i][rng.integers(len(self.tokens[i]))]}
+        wave, length = self.front_end.load(os.fsdecode(self.paths[i]))
+        target = torch.stack([bank.draw(i, rng) for bank in self.banks])         # (kinds, D)
+        draws = torch.from_numpy(rng.random(4, dtype=np.float32))
+        return {"wave": wave, "length": length, "target": target, "draws": draws}
 
 
-def make_toy_world(weights, device):
-    """Make data/toy, and train the toy's CLIP on its image-caption pairs unless it is there or `weights` is another."""
-    if ranks()[0] == 0 and not Path("data/toy").exists():
-        make_toy("data/toy")
+class Seeded(Dataset):
+    """Samples by (epoch, i): all chance in one follows from seed, epoch and i, whoever reads it."""
+
+    def __init__(self, samples, seed):
+        self.samples, self.seed = samples, seed
+
+    def __getitem__(self, key):
+        epoch, i = key
+        reason = ""
+        for offset in range(min(100, len(self.samples))):  # the next one steps in for a bad one
+            rng = np.random.default_rng((self.seed, epoch, i))
+            try:
+                sample = self.samples.read((i + offset) % len(self.samples), rng)
+                return sample | {"skipped": reason}
+            except Unreadable as error:
+                reason = reason or str(error)
+        raise ValueError(f"no clip can be read, for example {reason}")
+
+
+def batches(count, batch, epochs, seed, start):
+    """This rank's part of each batch from step `start` on: lists of (epoch, i).
+
+    An epoch's order follows from seed and epoch; what does not fill a batch at its end drops out.
+    """
+    rank, size = rank_and_size()
+    steps_per_epoch = count // batch
+    for step in range(start, epochs * steps_per_epoch):
+        epoch, at = divmod(step, steps_per_epoch)
+        if at == 0 or step == start:
+            order = np.random.default_rng((seed, epoch)).permutation(count)
+        mine = order[at * batch:(at + 1) * batch].reshape(size, -1)[rank]
+        yield [(epoch, int(i)) for i in mine]
+
+
+def check_input(samples, front_end):
+    """Warn where what the encoder hears is not normalised: wrong --mean and --std."""
+    seeded = Seeded(samples, seed=0)
+    some = default_collate([seeded[0, i] for i in range(min(32, len(samples)))])
+    x = front_end(some["wave"], some["length"])                                  # (32, 1, T, F)
+    if abs(x.mean()) > 0.7 or not 0.4 < x.std() < 2:
+        print0(f"warning: the encoder's input has mean {x.mean():.2f} and std {x.std():.2f} instead "
+               f"of 0 and 1. python data.py stats computes a dataset's --mean and --std")
+
+
+# -------------------------------------------------------------------------------- checkpoints
+
+def load_checkpoint(path, stages):
+    """A checkpoint of one of `stages`, a dict. Raises FileNotFoundError, ValueError."""
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path}: no such checkpoint. python pretrain.py --data toy makes "
+                                f"out/toy/pretrain/checkpoint.pt, python clip_load.py vipant "
+                                f"fetches out/vipant/checkpoint.pt")
+    check_zip(path)
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        stage = checkpoint["stage"]
+    except Exception as error:  # of a damaged file, anything
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{path}: not a checkpoint of ours ({reason})") from None
+    if stage not in stages:
+        raise ValueError(f"{path}: a checkpoint of stage '{stage}'; needed: {' or '.join(stages)}")
+    return checkpoint
+
+
+def audio_encoder_of(checkpoint, path):
+    """The audio encoder of a loaded checkpoint, and its front end. Raises ValueError."""
+    try:
+        encoder = VisionTransformer(**checkpoint["encoder"])
+        learner = AudioLearner(encoder, FrontEnd(**checkpoint["front_end"]))
+        learner.load_state_dict(checkpoint["learner"])
+    except (KeyError, TypeError, RuntimeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a whole checkpoint ({error})") from None
+    return encoder.eval(), learner.front_end
+
+
+def resume(path, learner, optimizer, settings, about):
+    """Go on from a run's own checkpoint, if there is one -> step.
+
+    Raises ValueError where it was made otherwise: then going on would be another run.
+    """
+    if not path.exists():
+        return 0
+    saved = load_checkpoint(path, [about["stage"]])
+    then, now = saved["settings"] | saved["made_of"], asdict(settings) | about["made_of"]
+    for f in fields(settings):
+        if f.metadata["free"]:
+            del now[f.name]
+    changed = [f"{name} was {then.get(name)!r} and is {value!r}" for name, value in now.items()
+               if then.get(name) != value]
+    if changed:
+        raise ValueError(f"{path} was made otherwise: {', '.join(changed)}. Choose another --out, "
+                         f"or delete it")
+    learner.load_state_dict(saved["learner"])
+    optimizer.load_state_dict(saved["optimizer"])
+    return saved["step"]
+
+
+# ----------------------------------------------------------------------------------- the loop
+
+def next_batch(source, device):
+    """A DataLoader's next batch, on the device; how many clips it lacks; seconds of waiting."""
+    asked = time.perf_counter()
+    batch = next(source)
+    waited = time.perf_counter() - asked
+    reasons = [reason for reason in batch.pop("skipped") if reason]
+    for reason in reasons:
+        print(f"skipped: {reason}", file=sys.stderr)
+    batch = {name: part.to(device, non_blocking=True) for name, part in batch.items()}
+    return batch, len(reasons), waited
+
+
+def write_log(path, line, **values):
+    """A line on the console and a JSON object in log.jsonl; of two for one step the later counts."""
+    if rank_and_size()[0] == 0:
+        with open(path, "a") as file:
+            file.write(json.dumps(values) + "\n")
+        print(line, flush=True)
+
+
+def make_optimizer(learner, settings):
+    """LARS or Adam over weights and biases, each with its peak learning rate."""
+    # differs from the paper, which does not say: LARS's rates are for 256 clips a step (authors')
+    scale = settings.batch / 256 if settings.optimizer == "lars" else 1.0
+    groups = parameter_groups(learner, settings.lr_weights * scale, settings.lr_biases * scale,
+                              settings.weight_decay)
+    return LARS(groups) if settings.optimizer == "lars" else torch.optim.Adam(groups)
+
+
+def matmul_rate(device):
+    """Measured rate of large matrix products in FLOP/s: MFU is the share of it that is used."""
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(size, size, device=device)
+
+    def product():
+        (a @ a)[0, 0].item()  # which waits for the device
+
+    return 2 * size ** 3 / min(timeit.repeat(product, number=1, repeat=5))
+
+
+def train(learner, samples, settings, about, validate, device):
+    """The training loop of every stage; leaves checkpoint.pt and log.jsonl, goes on from them.
+
+    learner   forward(batch) -> features; loss(*features) -> (); report(); flops() of a sample
+    samples   len(); read(i, rng) -> dict of tensors, raises Unreadable
+    about     what the checkpoint says of itself: "stage", "made_of", and more
+    validate  (learner) -> dict of numbers in %, called on every rank after each epoch
+    """
+    (rank, size), gpu = rank_and_size(), device.type == "cuda"
+    path, log = Path(settings.out) / "checkpoint.pt", Path(settings.out) / "log.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if min(settings.batch, settings.epochs, settings.log_every, settings.save_every) < 1:
+        raise ValueError("--batch, --epochs, --log-every and --save-every are at least 1")
+    if settings.batch % size or settings.batch > len(samples):
+        raise ValueError(f"--batch {settings.batch}: must be a multiple of the {size} ranks, and "
+                         f"not more than the {len(samples)} clips")
+    steps_per_epoch = len(samples) // settings.batch
+    steps = settings.epochs * steps_per_epoch
+    stop = min(steps, settings.steps or steps)
+    learner.to(device).train()
+    optimizer = make_optimizer(learner, settings)
+    start = resume(path, learner, optimizer, settings, about)
+    for module in learner.modules():
+        module.recompute = settings.recompute
+        compiles = settings.compile == "yes" or settings.compile == "auto" and gpu
+        if compiles and isinstance(module, VisionTransformer):
+            module.compile()
+    model = DistributedDataParallel(learner) if size > 1 else learner
+    fast = torch.cuda.is_bf16_supported(False) if gpu else torch.cpu._is_avx512_bf16_supported()
+    bf16 = settings.precision == "bf16" or settings.precision == "auto" and fast
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    with autocast:
+        peak_rate = matmul_rate(device)
+    order = batches(len(samples), settings.batch, settings.epochs, settings.seed, start)
+    source = iter(DataLoader(Seeded(samples, settings.seed), batch_sampler=order, pin_memory=gpu,
+                             num_workers=settings.workers,
+                             worker_init_fn=partial(end_with_parent, os.getpid())))
+    write_log(log, f"{settings.out}: {len(samples)} clips, step {start} of {steps}, {size} rank(s) "
+              f"on {device}", command=sys.argv, settings=asdict(settings), ranks=size)
+    logged, began, waiting, skipped = start, time.perf_counter(), 0.0, 0
+    losses = torch.zeros((), device=device)  # summed on the device: to read it waits for the step
+
+    for step in range(start + 1, stop + 1):
+        # schedule
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * settings.lr_factor(step - 1, steps_per_epoch)
+        # batch
+        batch, bad, waited = next_batch(source, device)
+        skipped, waiting = skipped + bad, waiting + waited
+        # step
+        with autocast:
+            features = model(batch)
+        loss = learner.loss(*features)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses += loss.detach()
+        # log
+        epoch, rest = divmod(step, steps_per_epoch)
+        saves = rest == 0 or step % settings.save_every == 0 or step == stop
+        if not saves and step % settings.log_every:
+            continue
+        mean_loss, seconds = losses.item() / (step - logged), time.perf_counter() - began
+        if not math.isfinite(mean_loss) or not all(p.isfinite().all() for p in learner.parameters()):
+            raise ValueError(f"the loss is {mean_loss}: the weights diverge. The last checkpoint "
+                             f"stays in {path}; lower --lr-weights or --lr-biases")
+        if skipped > max(10, 0.01 * len(samples) / size):
+            raise ValueError(f"{skipped} clips of this epoch can't be read, more than ten and more "
+                             f"than 1 %; mend or remove the files named above")
+        speed = (step - logged) * settings.batch / seconds
+        numbers = {"epoch": step / steps_per_epoch, "loss": mean_loss, **learner.report(),
+                   "lr": optimizer.param_groups[0]["lr"], "clips/s": speed,
+                   "MFU": speed * learner.flops() / peak_rate / size,
+                   "waiting": waiting / seconds, "skipped": skipped,
+                   "minutes left": (stop - step) * settings.batch / speed / 60}
+        line = " | ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+        write_log(log, f"step {step} | {line}", step=step, **numbers)
+        # validate
+        if rest == 0:
+            scores, skipped = validate(learner.eval()), 0
+            learner.train()
+            line = ", ".join(f"{name} {value:.1f} %" for name, value in scores.items())
+            write_log(log, f"  after epoch {epoch}: {line}", step=step, after=epoch, **scores)
+        # save
+        if saves and rank == 0:
+            content = about | {"settings": asdict(settings), "step": step, "steps": steps,
+                               "learner": learner.state_dict(), "torch": str(torch.__version__),
+                               "optimizer": optimizer.state_dict()}
+            write_whole(path, partial(torch.save, content))
+        losses.zero_()
+        logged, began, waiting = step, time.perf_counter(), 0.0
     barrier()
-    if weights != TOY.clip or Path(weights).exists():
-        return
-    torch.manual_seed(TOY_CLIP.seed)
-    tokenizer = Tokenizer(TOY.vocab, context_length=16)
-    pairs = read_index("data/toy/pairs.jsonl", need=("frames", "captions"))
-    val = read_index("data/toy/val.jsonl", need=("frames", "captions", "labels"))
-    learner = ClipLearner(CLIP(image_size=64, patch=16, vision_width=128, vision_layers=3, context_length=16,
-                               vocab_size=tokenizer.vocab_size, text_width=128, text_layers=1, output_dim=64))
-
-    def validate(learner):
-        images, _ = embed_all([c.frames[1] for c in val], partial(load_image, size=64), learner.clip.encode_image,
-                              64, device)
-        texts, _ = embed_all([c.captions[0] for c in val], lambda text: tokenizer([text])[0], learner.clip.encode_text,
-                             64, device)
-        return {f"image->text {k}": v for k, v in top1(images, texts, [[c.id] for c in val]).items()}
-
-    identity = {"stage": "toy-clip", "data": digest_of(pairs)}
-    train(learner, PairSamples(pairs, tokenizer, 64), TOY_CLIP, identity, validate, device)
-    if ranks()[0] == 0:
-        save_checkpoint(weights, learner.clip.state_dict())
-    barrier()
 
 
-# ------------------------------------------------------------------------------------- stage 1
+# ------------------------------------------------------------------------------------ stage 1
 
 def top1_hits(queries, gallery, labels):
-    """Top-1 retrieval where relevant means the same label *set* (§3.2.2) -> precision, recall of each query (N,).
+    """Top-1 retrieval where relevant means the same label *set* (§3.2.2).
 
-    queries, gallery: (N, D) unit vectors of the same N clips; labels: N collections of labels.
+    queries, gallery: (N, D) unit vectors of the same N clips; labels: N tuples. Returns each
+    query's precision, 0 or 1 (N,), and its recall, a hit's share of the relevant clips (N,).
     """
-    assert not any(isinstance(each, str) for each in labels), "a string would be a set of letters"
     sets = [frozenset(each) for each in labels]
     number = {each: k for k, each in enumerate(dict.fromkeys(sets))}
-    kind = torch.tensor([number[each] for each in sets])                                            # (N,)
-    best = torch.cat([(part @ gallery.T).argmax(1) for part in queries.split(1024)])               # (N,)
+    kind = torch.tensor([number[each] for each in sets])                         # (N,)
+    best = torch.cat([(part @ gallery.T).argmax(1) for part in queries.split(1024)])  # (N,)
     hit = (kind[best] == kind).float()
     return hit, hit / torch.bincount(kind)[kind]
 
 
-def top1(queries, gallery, labels):
-    """The means of top1_hits in %."""
-    precision, recall = top1_hits(queries, gallery, labels)
-    return {"precision@1": 100 * precision.mean().item(), "recall@1": 100 * recall.mean().item()}
+def frame_retrieval(clips, bank, device, workers):
+    """(learner) -> how often a clip's second frame finds a sound with its labels, in % (Fig. 5).
+
+    Where clips have no labels: how often it finds the very clip that it belongs to.
+    """
+    images = torch.stack([bank.row(bank.of(i)[:2][-1]) for i in range(len(clips))])  # (N, D)
+    labels = [clip.labels or (clip.id,) for clip in clips]
+
+    def validate(learner):
+        audio = learner.embed([clip.audio for clip in clips], device, workers)   # (N, D)
+        both = (images.any(1) & audio.any(1)).nonzero().flatten().tolist()
+        hit, _ = top1_hits(images[both], audio[both], [labels[i] for i in both])
+        return {"image->audio precision@1": 100 * hit.mean().item()}
+
+    return validate
 
 
 def training_clips(folder, leave_out):
-    """The clips of a folder's training split that have frames, and which of them train: not those AudioCaps tests with.
+    """Clips of a folder's training split with sound and frames, but those that AudioCaps tests.
 
-    All of them go into the bank, so that another --leave-out finds it made. Raises FileNotFoundError, ValueError (no
-    clip is left).
+    leave_out: folder of AudioCaps' tables, or none. Raises FileNotFoundError, ValueError (no clip).
     """
     listed = read_split("audioset", folder, "train")
     clips = [clip for clip in listed if clip.audio and clip.frames]
+    if leave_out != "none":
+        held_out = held_out_by_audiocaps(clips, leave_out, folder)
+        clips = [clip for clip, held in zip(clips, held_out) if not held]
+        print0(f"{folder}: {sum(held_out)} clips left out, which AudioCaps ({leave_out}) tests")
+    print0(f"{folder}: {len(clips)} of {len(listed)} clips train")
     if not clips:
-        raise ValueError(f"{folder}: not one of {len(listed)} clips has sound and frames; python data.py extract makes "
-                         f"them from videos")
-    held_out = held_out_by_audiocaps(clips, leave_out) if leave_out != "none" else [False] * len(clips)
-    count = len(clips) - sum(held_out)
-    if not count:
-        raise ValueError(f"{folder}: every clip is in AudioCaps' val or test set ({leave_out}); --leave-out none "
-                         f"trains on them")
-    if ranks()[0] == 0 and leave_out != "none":
-        print(f"{folder}: {sum(held_out)} clips left out, for AudioCaps' val and test sets hold them ({leave_out})")
-    if ranks()[0] == 0 and count < len(listed):
-        print(f"{folder}: {count} of {len(listed)} clips train")
-    return clips, [not held for held in held_out]
-
-
-def second_frames(clips, bank):
-    """Second frames' embeddings, the paper's middle ones (clips that have any, D), and which clips have any (N,)."""
-    rows = [bank.of(i)[:2][-1:] for i in range(len(clips))]  # the second, or the only one, or none
-    has = torch.tensor([len(row) > 0 for row in rows])
-    return torch.from_numpy(bank.embeddings[np.concatenate(rows)].astype(np.float32)), has
-
-
-def frame_retrieval(clips, bank, device, workers):
-    """(learner) -> how well clips' second frames find their sounds, in % (Fig. 5)."""
-    if not clips:
-        return lambda learner: {}
-    images, has_image = second_frames(clips, bank)
-
-    def validate(learner):
-        audio, heard = learner.embed([c.audio for c in clips], device, workers)
-        both = heard & has_image
-        if not both.any():
-            return {}
-        labels = [c.labels for c, use in zip(clips, both) if use]
-        found = top1(images[heard[has_image]], audio[both], labels)  # images has no row for a clip without a frame
-        return {f"image->audio {k}": v for k, v in found.items()}
-    return validate
+        raise ValueError(f"{folder}: no clip has sound and frames; python data.py extract cuts "
+                         f"them out of videos")
+    return clips
 
 
 def pretrain(settings, device):
     """VA pre-training (§3.2); leaves <out>/checkpoint.pt."""
     folder = dataset_folder(settings.data)
-    clips, train_on = training_clips(folder, settings.leave_out)
-    val = [clip for clip in read_split("audioset", folder, "val") if clip.frames]
-    weights = cached(settings.clip)
-    clip = load_clip(weights, device)
-    banks, made_with = folder / "banks", clip_identity(clip, weights, settings.vocab)
-    train_bank = frame_bank(banks / f"train-{made_with['fingerprint']}", clips, clip, device, settings.workers)
-    val_bank = frame_bank(banks / f"val-{made_with['fingerprint']}", val, clip, device, settings.workers)
+    banks = Path(settings.out).parent / "banks"  # beside the run: other runs use them too
+    clips = training_clips(folder, settings.leave_out)
+    val = [clip for clip in read_split("audioset", folder, "val") if clip.audio and clip.frames]
+    clip = load_clip(find_clip(settings.clip), device)
+    tokenizer = Tokenizer(find_vocabulary(settings.vocab), clip.context_length)
+    bank = frame_bank(banks, clips, clip, device, settings.workers)
+    val_bank = frame_bank(banks, val, clip, device, settings.workers)
     torch.manual_seed(settings.seed)
     start = audio_encoder_from_clip if settings.init == "clip" else blank_audio_encoder
-    encoder = start(clip, settings.frames, settings.mels, (settings.stride_time, settings.stride_mel))
-    learner = AudioLearner(encoder, settings.front_end)
-    samples = AudioSamples(clips, [train_bank], sound_loader(folder, settings.front_end), train_on)
-    identity = {"stage": "pretrain", "data": digest_of([c for c, use in zip(clips, train_on) if use]),
-                "front_end": asdict(settings.front_end), "encoder": encoder.config, "clip": made_with}
-    train(learner, samples, settings, identity, frame_retrieval(val, val_bank, device, settings.workers), device)
+    encoder = start(clip, settings.frames, settings.mels,
+                    (settings.stride_time, settings.stride_mel))
+    front_end = FrontEnd(settings.sample_rate, settings.mels, settings.frames, settings.mean,
+                         settings.std)
+    samples = AudioSamples(clips, [bank], front_end)
+    check_input(samples, front_end)
+    made_of = {"clips": short_digest(*(c.id for c in clips)), "CLIP": digest(clip)}
+    about = {"stage": "pretrain", "made_of": made_of, "encoder": encoder.config,
+             "front_end": asdict(front_end), "clip": pack_clip(clip, tokenizer)}
+    train(AudioLearner(encoder, front_end), samples, settings, about,
+          frame_retrieval(val, val_bank, device, settings.workers), device)
 
 
-def time_steps(settings, device):
-    """The paper's step on synthetic clips: its speed is in the log, nothing else is kept."""
-    torch.manual_seed(settings.seed)
-    encoder = VisionTransformer((settings.frames, settings.mels), 32, (settings.stride_time, settings.stride_mel),
-                                channels=1, width=768, layers=12, heads=12, output_dim=512)
-    train(AudioLearner(encoder, settings.front_end), RandomSamples(settings.front_end, 512), settings,
-          {"stage": "random", "data": ""}, validate=None, device=device)
+# ------------------------------------------------------------------------------ the toy's CLIP
+
+def make_toy_world(device):
+    """Make data/toy, and its CLIP from its image-caption pairs, by L_cst(V, T) of Eq. 3."""
+    if not Path("data/toy").exists():
+        make_toy("data/toy")
+    if Path(TOY.clip).exists():
+        return
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(TOY.vocab, context_length=16)
+    clip = CLIP(image_size=64, patch=16, vision_width=128, vision_layers=3, context_length=16,
+                vocab_size=tokenizer.vocab_size, text_width=128, text_layers=1, output_dim=64)
+    clip.to(device)
+    pairs = read_index("data/toy/pairs.jsonl", need=("frames", "captions"))
+    images = torch.stack([load_image(pair.frames[0], 64) for pair in pairs])     # (N, 3, R, R)
+    tokens = tokenizer([pair.captions[0] for pair in pairs])                     # (N, L)
+    optimizer = torch.optim.Adam(clip.parameters())
+    epochs = [torch.randperm(len(pairs)) for _ in range(8)]
+    steps = torch.cat(epochs).split(128)
+    for step, some in enumerate(tqdm(steps, desc="the toy's CLIP")):
+        optimizer.param_groups[0]["lr"] = 5e-4 * schedule(step, len(steps), warmup_steps=20)
+        loss = info_nce(clip.encode_image(images[some].to(device)),
+                        clip.encode_text(tokens[some].to(device)), clip.logit_scale)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    write_whole(TOY.clip, partial(torch.save, clip.state_dict()))
 
 
 def main():
-    settings = parse(Settings(), PRESETS, description=__doc__)
-    device = start_ranks()
-    settings.check()
-    if settings.data == "random":
-        time_steps(replace(settings, out=settings.out or "out/random"), device)
-        return
-    if settings.data == "toy":
-        make_toy_world(settings.clip, device)
-    run_name = "pretrain" if settings.init == "clip" else "pretrain-random"
-    settings = replace(settings, out=settings.out or f"out/{dataset_folder(settings.data).name}/{run_name}")
+    settings = parse(Settings(), {"toy": TOY}, description=__doc__)
+    toy = settings.data == "toy"
+    if toy and settings.clip == TOY.clip and os.environ.get("RANK", "0") == "0":
+        make_toy_world(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = join_ranks()  # where the others wait for the toy's CLIP
+    name = "pretrain" if settings.init == "clip" else "pretrain-random"
+    default = f"out/{dataset_folder(settings.data).name}/{name}"
+    settings = replace(settings, out=settings.out or default)
     pretrain(settings, device)
-    if ranks()[0] == 0 and settings.data == "toy":
-        flags = ["--task", "toy", "--checkpoint", f"{settings.out}/checkpoint.pt"]
-        print("\n$ python evaluate.py " + " ".join(flags), flush=True)
-        alone = {name: value for name, value in os.environ.items() if name != "RANK"}  # not a rank of this run
-        done = subprocess.run([sys.executable, Path(__file__).with_name("evaluate.py"), *flags], check=False, env=alone)
-        sys.exit(done.returncode)
+    flags = ["--task", "toy" if toy else "all", "--checkpoint", f"{settings.out}/checkpoint.pt"]
+    print0(f"next: python evaluate.py {' '.join(flags)}")
+    if toy and rank_and_size()[1] == 1:
+        script = Path(__file__).with_name("evaluate.py")
+        sys.exit(subprocess.run([sys.executable, script, *flags], check=False).returncode)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""How fast is it? Each figure beside its yardstick, paired in one run; nothing here runs in the test suite.
+"""How fast is it here? Each figure beside its yardstick, measured in turn; one table at the end.
 
-    python tests/bench.py step                              # the paper's step against torch.nn.TransformerEncoder
-    python tests/bench.py input --data data/esc50           # clips into the step against soundfile + Kaldi
-    pip install faiss-cpu && python tests/bench.py mining   # exact top 10 against faiss.IndexFlatIP
+    python tests/bench.py        # under ten minutes on two cores; on CUDA also what only a GPU shows
 """
 import argparse
+import os
+import platform
 import resource
 import statistics
 import subprocess
@@ -13,172 +13,265 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch import nn
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from torchaudio.compliance import kaldi
+import data  # noqa: E402, I001  before torch: it sets OpenMP's environment
+import clip_load  # noqa: E402
+import curate  # noqa: E402
+import model  # noqa: E402
+import pretrain  # noqa: E402
 
-import curate
-from data import FrontEnd, load_audio, mask
-from model import LARS, VisionTransformer, info_nce, parameter_groups
-from prepare import pack, sound_loader
-from readers import read_split
+import av  # noqa: E402
+import numpy as np  # noqa: E402
+import soundfile  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from torch import nn  # noqa: E402
+from torchaudio.compliance import kaldi  # noqa: E402
 
-AUDIO = {"input_size": (1000, 128), "patch": 32, "stride": (16, 24), "channels": 1, "width": 768, "layers": 12,
-         "heads": 12, "output_dim": 512}
+AUDIO = {"input_size": (1000, 128), "patch": 32, "stride": (16, 24), "channels": 1, "width": 768,
+         "layers": 12, "heads": 12, "output_dim": 512}
+ROWS = []  # (what, ours, yardstick, ratio)
 
 
-def paired(one, other, rounds):
-    """Seconds of two functions, run in turn after a warm-up -> medians, and the median of their ratio other / one."""
+def row(what, ours, yardstick="", ratio=""):
+    ROWS.append((what, ours, yardstick, ratio))
+    print(" | ".join(ROWS[-1]), flush=True)
+
+
+def seconds(function):
+    """Of one call, the device's work included."""
+    began = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def paired(one, other, rounds=5):
+    """Two functions in turn, after a warm-up -> median seconds of each, median of other / one."""
     one(), other()
-    times = []
-    for _ in range(rounds):
-        times.append([])
-        for function in (one, other):
-            began = time.perf_counter()
-            function()
-            times[-1].append(time.perf_counter() - began)
-    return *(statistics.median(column) for column in zip(*times)), statistics.median(b / a for a, b in times)
+    times = [(seconds(one), seconds(other)) for _ in range(rounds)]
+    ours, theirs = zip(*times)
+    ratio = statistics.median(b / a for a, b in times)
+    return statistics.median(ours), statistics.median(theirs), ratio
 
 
-def training_step(encoder, batch, precision):
-    """A function that takes one step: forward, loss against fixed targets, backward, LARS."""
-    x, targets = torch.randn(batch, 1, 1000, 128), torch.randn(batch, 512)
-    scale = torch.tensor(2.66)
-    optimizer = LARS(parameter_groups(encoder, 1e-3, 1e-5, 1e-6))
-
-    def step():
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            features = encoder(x)
-        info_nce(features, targets, scale).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return step
-
+# ----------------------------------------------------------------------------------- the step
 
 class Reference(nn.TransformerEncoder):
     """PyTorch's own Transformer, of the audio encoder's size."""
 
     def __init__(self):
-        layer = nn.TransformerEncoderLayer(768, 12, 3072, 0.0, "gelu", batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(768, 12, 3072, 0.0, "gelu", batch_first=True,
+                                           norm_first=True)
         super().__init__(layer, 12, enable_nested_tensor=False)
 
     def forward(self, x, first_only):
         return super().forward(x)
 
 
-def reference_encoder():
-    """The same encoder around PyTorch's Transformer."""
-    encoder = VisionTransformer(**AUDIO)
-    encoder.transformer = Reference()
-    return encoder
+def training_step(reference, batch, bf16, device="cpu", recompute=False, compiled=False):
+    """A function that takes one step: forward, loss against fixed targets, backward, LARS."""
+    encoder = model.VisionTransformer(**AUDIO)
+    if reference:
+        encoder.transformer = Reference()
+    encoder.to(device).train()
+    encoder.transformer.recompute = recompute
+    if compiled:
+        encoder.compile()
+    x = torch.randn(batch, 1, 1000, 128, device=device)
+    targets = torch.randn(batch, 512, device=device)
+    log_scale = torch.tensor(model.LOG_SCALE, device=device)
+    optimizer = model.LARS(model.parameter_groups(encoder, 0, 0, 1e-6), lr=1e-4)
+
+    def step():
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+            features = encoder(x)
+        model.info_nce(features, targets, log_scale).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
 
 
-def step(args):
-    if args.memory:  # a process of its own for each
-        take = training_step(VisionTransformer(**AUDIO) if args.memory == "ours" else reference_encoder(), args.batch,
-                             "fp32")
-        take(), take()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)
-        return
-    # first, while this process is small: on Linux a child's peak is never below its parent's
-    again = [sys.executable, __file__, "step", "--batch", str(args.batch), "--memory"]
-    ours, theirs = (float(subprocess.run([*again, who], check=True, capture_output=True, text=True).stdout)
-                    for who in ("ours", "theirs"))
-    print(f"fp32 peak memory of the process: {ours:.2f} GiB, torch.nn.TransformerEncoder {theirs:.2f}; "
-          f"ratio {ours / theirs:.3f}")
-    for precision in ("fp32", "bf16"):
-        if precision == "bf16" and not torch.cpu._is_avx512_bf16_supported():
-            print("bf16: this CPU does not multiply it")
-            continue
-        ours, theirs, ratio = paired(training_step(VisionTransformer(**AUDIO), args.batch, precision),
-                                     training_step(reference_encoder(), args.batch, precision), args.rounds)
-        print(f"{precision}: {args.batch / ours:.2f} clips/s, torch.nn.TransformerEncoder {args.batch / theirs:.2f}; "
-              f"speed ratio {ratio:.3f}", flush=True)
+def peak_memory(reference, recompute, batch):
+    """GiB of a process that takes two steps; printed by that process (see main)."""
+    step = training_step(reference, batch, bf16=False, recompute=recompute)
+    step(), step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if MACOS else 20)
 
 
-def input_(args):
-    """CPU seconds a clip from file to what the encoder takes, on one core."""
+MACOS = sys.platform == "darwin"
+
+
+def bench_step(batch=8):
+    def in_a_process(*flags, batch=batch):
+        command = [sys.executable, __file__, "--memory", str(batch), *flags]
+        return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    ours, theirs = in_a_process(), in_a_process("--reference")
+    row("peak memory of the step, batch 8", f"{ours:.2f} GiB", f"{theirs:.2f} nn.TransformerEncoder",
+        f"{ours / theirs:.3f}")
+    plain, recomputed = in_a_process(batch=16), in_a_process("--recompute", batch=16)
+    row("the same at batch 16 with --recompute", f"{recomputed:.2f} GiB", f"{plain:.2f} without",
+        f"{recomputed / plain:.3f}")
+    for bf16 in (False, True):
+        ours, theirs, ratio = paired(training_step(False, batch, bf16),
+                                     training_step(True, batch, bf16), rounds=3)
+        row(f"the paper's step, batch 8, {'bf16' if bf16 else 'fp32'}", f"{batch / ours:.2f} clips/s",
+            f"{batch / theirs:.2f} nn.TransformerEncoder", f"{ratio:.3f}")
+
+
+# ---------------------------------------------------------------------------------- the input
+
+def kaldi_fbank(wave, rate):
+    return kaldi.fbank((wave - wave.mean())[None], sample_frequency=rate, htk_compat=True,
+                       use_energy=False, num_mel_bins=128, window_type="hanning", dither=0.0,
+                       frame_shift=10)
+
+
+def bench_filterbanks():
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    clips = read_split("esc50", Path(args.data), "test")[:args.clips]
-    front_end = FrontEnd(44_100, 128, 500)
+    for rate in (44_100, 16_000):
+        waves = torch.randn(16, 10 * rate) * 0.1
+        ours, theirs, ratio = paired(lambda: data.fbank(waves, rate),
+                                     lambda: [kaldi_fbank(wave, rate) for wave in waves])
+        row(f"filterbanks of 10 s, {rate} Hz, one thread", f"{16 / ours:.0f} clips/s",
+            f"{16 / theirs:.0f} Kaldi", f"{ratio:.2f}")
+    torch.set_num_threads(threads)
 
-    def kaldi_by_clip():
-        for clip in clips:
-            wave = load_audio(clip.audio, 44_100)
-            x = kaldi.fbank((wave - wave.mean())[None], sample_frequency=44_100, htk_compat=True, use_energy=False,
-                            num_mel_bins=128, window_type="hanning", dither=0.0, frame_shift=10)[:500]
-            x = nn.functional.pad(x, (0, 0, 0, 500 - len(x)))
-            mask(((x - front_end.mean) / front_end.std)[None, None], torch.rand(1, 4))
 
-    def ours(load, filterbanks=True):
-        def run():
-            for start in range(0, len(clips), 32):
-                waves, lengths = zip(*(load(clip.audio) for clip in clips[start:start + 32]))
-                waves, lengths = torch.stack(waves), torch.tensor(lengths)
-                if filterbanks:
-                    mask(front_end(waves, lengths), torch.rand(len(waves), 4))
-        return run
+def write_mp3(path, wave, rate):
+    with av.open(str(path), "w", format="mp3") as container:
+        stream = container.add_stream("libmp3lame", rate=rate, layout="mono")
+        samples = (wave * 32767).astype(np.int16)[None]
+        for start in range(0, samples.shape[1], 1152):
+            frame = av.AudioFrame.from_ndarray(samples[:, start:start + 1152], "s16p", "mono")
+            frame.sample_rate, frame.pts = rate, start
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
 
+
+def bench_decoding():
+    """What a core decodes: 10 s clips at the training rate, as files of three kinds."""
+    rate, front_end = 44_100, data.FrontEnd()
     with tempfile.TemporaryDirectory() as folder:
-        links = Path(folder) / "links"
-        links.mkdir()
-        moved = []
-        for clip in clips:
-            link = links / Path(clip.audio).name
-            link.symlink_to(Path(clip.audio).resolve())
-            moved.append(type(clip)(clip.id, str(link)))
-        clips = moved
-        pack(links, clips, 44_100)
-        packed = sound_loader(links, front_end)
-        for name, run in (("from the files", ours(front_end.load)), ("from the pack", ours(packed))):
-            mine, yardstick, ratio = paired(run, kaldi_by_clip, args.rounds)
-            print(f"{name}: {len(clips) / mine:.0f} clips/s a core, soundfile + Kaldi {len(clips) / yardstick:.0f}; "
-                  f"speed ratio {ratio:.2f}", flush=True)
-        files, pack_, _ = paired(ours(front_end.load, filterbanks=False), ours(packed, filterbanks=False), args.rounds)
-        print(f"with filterbanks on the device a core is left with decoding: {len(clips) / files:.0f} clips/s from the "
-              f"files, {len(clips) / pack_:.0f} from the pack")
+        rng = np.random.default_rng(0)
+        wave = 0.3 * np.sin(np.cumsum(rng.normal(0.1, 0.01, 10 * rate))) + rng.normal(0, 0.01, 10 * rate)
+        wave = wave.astype(np.float32).clip(-1, 1)
+        soundfile.write(f"{folder}/x.wav", wave, rate, "PCM_16")
+        soundfile.write(f"{folder}/x.ogg", wave, rate)
+        write_mp3(f"{folder}/x.mp3", wave, rate)
+        for ending in ("wav", "ogg", "mp3"):
+            path = f"{folder}/x.{ending}"
+            ours, theirs, ratio = paired(lambda: front_end.load(path),
+                                         lambda: soundfile.read(path, dtype="float32"), rounds=9)
+            row(f"a core decodes 10 s clips, {ending}", f"{1 / ours:.0f} clips/s",
+                f"{1 / theirs:.0f} soundfile", f"{ratio:.2f}")
 
 
-def mining(args):
-    import faiss  # a yardstick, not a dependency
+def bench_tokenizer():
+    merges = [f"{chr(a)} {chr(b)}" for a in range(97, 123) for b in range(97, 123)]
+    tokenizer = clip_load.Tokenizer(merges)
     rng = np.random.default_rng(0)
-    images, captions = (rng.standard_normal((args.rows, 512), dtype=np.float32) for _ in range(2))
-    images, captions = ((x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float16) for x in (images, captions))
-    with tempfile.TemporaryDirectory() as folder:
-        folder, found = Path(folder), {}
-        np.save(folder / "images.npy", images)
-        np.save(folder / "captions.npy", captions)
+    texts = ["".join(rng.choice(list("etaoin shrdlu "), 60)) for _ in range(2000)]
+    symbols = list(tokenizer.ids)
+    theirs = transformers.CLIPTokenizer(vocab={symbol: i for i, symbol in enumerate(symbols)},
+                                        merges=[tuple(merge.split()) for merge in merges])
 
-        def ours():
-            with tempfile.TemporaryDirectory(dir=folder) as out:
-                found["ours"] = np.array(curate.mine(folder / "images.npy", folder / "captions.npy", out, 10)[1])
+    def ours():
+        clip_load.Tokenizer(merges)(texts)  # anew: it remembers words
 
-        def theirs():
-            index = faiss.IndexFlatIP(512)
-            index.add(captions.astype(np.float32))
-            found["faiss"] = index.search(images.astype(np.float32), 10)[1]
+    mine, yardstick, ratio = paired(ours, lambda: theirs(texts, truncation=True, max_length=77))
+    row("tokenizer", f"{2000 / mine:.0f} texts/s", f"{2000 / yardstick:.0f} transformers",
+        f"{ratio:.2f}")
 
-        mine, yardstick, ratio = paired(ours, theirs, args.rounds)
-    same = (found["ours"] == found["faiss"]).mean()
-    print(f"{args.rows} × {args.rows} × 512, top 10: {mine:.1f} s, faiss {yardstick:.1f} s; speed ratio {ratio:.2f}; "
-          f"{100 * same:.4f} % of the answers are the same (faiss rounds in fp32)")
+
+# --------------------------------------------------------------------------------------- mining
+
+def bench_mining(frames, captions, device):
+    rng = torch.Generator().manual_seed(0)
+    images = pretrain.unit(torch.randn(frames, 512, generator=rng)).to(device)
+    texts = pretrain.unit(torch.randn(captions, 512, generator=rng)).to(device)
+
+    def product():
+        for start in range(0, captions, 8192):
+            images @ texts[start:start + 8192].T
+
+    ours, theirs, ratio = paired(lambda: curate.nearest(images, texts, 10), product, rounds=3)
+    row(f"top 10 of {captions:,} captions for {frames:,} frames", f"{ours:.2f} s",
+        f"{theirs:.2f} the product alone", f"{ratio:.2f}")
+
+
+# ------------------------------------------------------------------------- what only a GPU shows
+
+def bench_cuda(batch=432):
+    device = torch.device("cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        rate = pretrain.matmul_rate(device)
+    row("large matrix products, bf16", f"{rate / 1e12:.0f} TFLOP/s")
+    flops = 3 * model.VisionTransformer(**AUDIO).flops()
+    for compiled, recompute in ((False, False), (True, False), (True, True)):
+        torch.cuda.reset_peak_memory_stats()
+        step = training_step(False, batch, True, device, recompute, compiled)
+        first = seconds(step)
+        step()
+        took = statistics.median(seconds(step) for _ in range(10))
+        name = "compiled" if compiled else "eager"
+        row(f"the paper's step, batch {batch}, bf16, {name}{', --recompute' if recompute else ''}",
+            f"{batch / took:.0f} clips/s", f"MFU {batch / took * flops / rate:.2f}",
+            f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB, first step {first:.0f} s")
+    waves = torch.randn(batch, data.FrontEnd().samples, device=device) * 0.1
+    data.fbank(waves, 44_100)
+    took = statistics.median(seconds(lambda: data.fbank(waves, 44_100)) for _ in range(10))
+    row("filterbanks of 10 s, 44100 Hz, CUDA", f"{batch / took:.0f} clips/s")
+    encoder = model.VisionTransformer(**AUDIO).to(device).eval()
+    x = torch.randn(64, 1, 1000, 128, device=device)
+    with torch.no_grad():
+        exact = encoder(x)
+        with torch.autocast("cuda", torch.bfloat16):
+            rounded = encoder(x)
+    row("cosine of bf16 embeddings with fp32", f"{torch.cosine_similarity(exact, rounded).min():.5f}")
+    host = torch.randn(batch, data.FrontEnd().samples).pin_memory()
+    step, copies = training_step(False, batch, True, device), [host.to(device)]
+
+    def step_and_copy():
+        copies[0] = host.to(device, non_blocking=True)
+        step()
+
+    both, alone, ratio = paired(step_and_copy, step)
+    row("the step with its batch copied meanwhile", f"{both:.3f} s", f"{alone:.3f} without",
+        f"{ratio:.3f}")
+    bench_mining(100_000, 1_000_000, device)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["step", "input", "mining"])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--data", default="data/esc50", help="input: ESC-50, or a part of it")
-    parser.add_argument("--clips", type=int, default=400)
-    parser.add_argument("--rows", type=int, default=50_000)
-    parser.add_argument("--memory", help=argparse.SUPPRESS)
+    parser.add_argument("--memory", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--reference", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--recompute", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    {"step": step, "input": input_, "mining": mining}[args.what](args)
+    if args.memory:
+        print(peak_memory(args.reference, args.recompute, args.memory))
+        return
+    bench_step()
+    bench_filterbanks()
+    bench_decoding()
+    bench_tokenizer()
+    bench_mining(10_000, 100_000, "cpu")
+    if torch.cuda.is_available():
+        bench_cuda()
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(": ")[1] for line in lines if line.startswith("model name")), cpu)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    print(f"\n{cpu}, {os.cpu_count()} cores, {gpu}, torch {torch.__version__}\n")
+    print("| what | here | yardstick | ratio, above 1 is faster |\n|---|---|---|---|")
+    for cells in ROWS:
+        print(f"| {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
