@@ -60,7 +60,6 @@ def folder_of(source, data):
 
 
 # ----------------------------------------------------------------------------------- the pool
-
 def caption_pool(source, folder, out):
     """A mined source's captions, each once; <source>.txt in either folder comes first.
 
@@ -118,7 +117,6 @@ def generate(settings, device):
 
 
 # ------------------------------------------------------------------------------------- mining
-
 FOUND = np.dtype([("cosine", np.float32), ("caption", np.int32)])
 
 
@@ -188,7 +186,6 @@ def mined_pairs(settings, folder, out, device):
 
 
 # -------------------------------------------------------------------------------------- pairs
-
 def gold_clips(folder):
     """AudioCaps' training clips with gold captions; a folder's gold.jsonl comes first."""
     split = "gold" if (folder / "gold.jsonl").exists() else "train"

@@ -31,7 +31,6 @@ import torch.nn.functional as F
 from torch import nn
 
 # ----------------------------------------------------------------------------------- settings
-
 PAPER_RESULTS = {"esc50": "95.7 ± 1.4", "us8k": "86.0 ± 2.8", "audioset-balanced": "37.9",
                  "audioset": "44.7", "esc10": "none"}  # Table 7
 
@@ -87,7 +86,6 @@ PRESETS = {
 
 
 # ---------------------------------------------------------------------------------- the start
-
 def start_of(init):
     """What a head starts from -> audio encoder, front end."""
     if init == "clip":
@@ -99,16 +97,14 @@ def start_of(init):
     return audio_encoder_of(load_checkpoint(init, ["pretrain", "finetune"]), init)
 
 
-def about(stage, clips, encoder, front_end, **more):
-    """What a checkpoint says of itself: what it was made of, and how to make its encoder anew."""
+def about(stage, clips, encoder, **more):
+    """What a checkpoint says of itself."""
     names = [short_digest(c.id, *c.captions, *c.labels) for c in clips]
     made_of = {"clips": short_digest(*names), "start": digest(encoder)}
-    return {"stage": stage, "made_of": made_of, "encoder": encoder.config,
-            "front_end": asdict(front_end), **more}
+    return {"stage": stage, "made_of": made_of, **more}
 
 
 # ------------------------------------------------------------------ captions: AT, VAT, few-shot
-
 def paired_clips(path, settings, folder):
     """A folder's clips that can train, with the captions that curate.py left for them in `path`.
 
@@ -197,13 +193,12 @@ def finetune_on_captions(settings, device):
     learner = AudioLearner(encoder, front_end)
     # differs from the paper, which does not say: the temperature goes on from what was learned
     learner.log_scale.data.copy_(checkpoint["learner"]["log_scale"])
-    train(learner, AudioSamples(clips, targets, front_end), settings,
-          about("finetune", clips, encoder, front_end, clip=checkpoint["clip"]),
+    train(learner, AudioSamples(clips, targets, front_end, settings.seed), settings,
+          about("finetune", clips, encoder, clip=checkpoint["clip"]),
           recall_on(folder, clip, tokenizer, device, settings.workers), device)
 
 
 # -------------------------------------------------------------------- labels: supervised heads
-
 class Remember(FrontEnd):
     """A front end that keeps what it has read."""
     load = functools.cache(FrontEnd.load)
@@ -296,9 +291,9 @@ def finetune_on_labels(settings, device):
         torch.manual_seed(settings.seed)
         learner = HeadLearner(copy.deepcopy(start), front_end, len(classes), loss,
                               settings.last_layers)
-        samples = MixedSamples(clips, [Labels(clips, classes)], front_end)
+        samples = MixedSamples(clips, [Labels(clips, classes)], front_end, settings.seed)
         samples.mixup = settings.mixup
-        check_input(samples, front_end)
+        check_input(samples)
         target = Labels(test, classes).rows                                      # (N, K)
 
         def validate(learner):
@@ -312,7 +307,7 @@ def finetune_on_labels(settings, device):
             return {measure: 100 * value.item()}
 
         train(learner, samples, replace(settings, out=str(out / name)),
-              about("head", clips, start, front_end, labels=classes), validate, device)
+              about("head", clips, start, labels=classes), validate, device)
         results[name] = validate(learner.eval())[measure]
     values = np.array(list(results.values()))
     spread = values.std(ddof=min(1, len(values) - 1))

@@ -58,7 +58,6 @@ def gather(x):
 
 
 # -------------------------------------------------------------------------------- Transformer
-
 class Attention(nn.Module):
     """Multi-head self-attention; parameters named as in OpenAI's file."""
 
@@ -147,7 +146,6 @@ class Transformer(nn.Module):
 
 
 # ------------------------------------------------------------------------- images, audio, CLIP
-
 class VisionTransformer(nn.Module):
     """One class for both senses (Fig. 4): images (B, 3, R, R) and audio (B, 1, T, F) -> (B, D).
 
@@ -229,7 +227,6 @@ class CLIP(nn.Module):
 
 
 # --------------------------------------------------------------------------------------- loss
-
 def info_nce(a, b, log_scale):
     """InfoNCE both ways (Eq. 1) with the *global* batch as negatives -> ().
 
@@ -248,7 +245,6 @@ def info_nce(a, b, log_scale):
 
 
 # ---------------------------------------------------------------------------------- optimizer
-
 def parameter_groups(module, lr_weights, lr_biases, weight_decay):
     """Two groups: weights; and all with ndim < 2 (biases, norms, class token, temperature)."""
     trained = [p for p in module.parameters() if p.requires_grad]

@@ -40,7 +40,6 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 # ----------------------------------------------------------------------------------- settings
-
 def setting(default, help, choices=None, free=False):
     """A field of a stage's settings. `free`: decides no result, may change when a run goes on."""
     return field(default=default, metadata={"help": help, "choices": choices, "free": free})
@@ -98,23 +97,21 @@ TOY = Settings(data="toy", leave_out="none", clip="out/toy/clip/clip.pt",
 
 
 def parse(defaults, presets, argv=None, description=None):
-    """Command line -> settings. --data or --head may name a preset, which other flags override."""
+    """Command line -> settings. --head or --data may name a preset, which other flags override."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(defaults):
-        text = f"{f.metadata['help']} ({getattr(defaults, f.name)})".replace("%", "%%")
         kind = {"type": f.type, "choices": f.metadata["choices"]}
         if f.type is bool:
             kind = {"action": "store_true"}
+        text = f"{f.metadata['help']} ({getattr(defaults, f.name)})".replace("%", "%%")
         flag = "--" + f.name.replace("_", "-")
         parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **kind)
     given = vars(parser.parse_args(argv))
-    preset = presets.get(given.get("head") or given.get("data"), defaults)
-    return replace(preset, **given)
+    return replace(presets.get(given.get("head") or given.get("data"), defaults), **given)
 
 
 # ---------------------------------------------------------------------- banks, in chunk files
-
 CHUNK = 4096  # rows in a file
 
 
@@ -175,12 +172,11 @@ def embed(items, read, encode, dimensions, workers=0):
 def embed_all(items, read, encode, dimensions, device, workers=0):
     """The same in memory, shared by the ranks and the same on each -> (N, D) on the CPU."""
     rank, size = rank_and_size()
-    features = torch.zeros(len(items), dimensions)
-    parts = list(embed(items[rank::size], read, encode, dimensions, workers))
-    if parts:
-        features[rank::size] = torch.from_numpy(np.concatenate(parts))
+    features = torch.zeros(len(items), dimensions, device=device)
+    for at, part in enumerate(embed(items[rank::size], read, encode, dimensions, workers)):
+        rows = torch.arange(len(part)) + 128 * at  # of this rank's share
+        features[rank + size * rows] = torch.from_numpy(part).to(device)
     if size > 1:
-        features = features.to(device)
         dist.all_reduce(features)  # a sum: one rank made a row, the others left it 0
     return features.cpu()
 
@@ -252,7 +248,6 @@ class Bank:
 
 
 # ------------------------------------------------------------------------ learner and samples
-
 def masked_input(front_end, batch):
     """A batch's filterbanks, normalised and masked -> (B, 1, T, F)."""
     # no autocast: bf16 would round the mel energies
@@ -294,12 +289,14 @@ class AudioLearner(nn.Module):
         return embed_all(paths, self.front_end.load, encode, dimensions, device, workers)
 
 
-class AudioSamples:
-    """Clips with banks of targets: a sample is a waveform, a row of each bank, draws for masks."""
+class AudioSamples(Dataset):
+    """Clips with banks of targets. samples[epoch, i] is a waveform, a row of each bank, and draws
+    for masks; all chance in it follows from seed, epoch and i, whoever reads it when.
+    """
 
-    def __init__(self, clips, banks, front_end):
+    def __init__(self, clips, banks, front_end, seed):
         self.paths = np.array([os.fsencode(clip.audio) for clip in clips])  # shared with workers
-        self.banks, self.front_end = banks, front_end
+        self.banks, self.front_end, self.seed = banks, front_end, seed
 
     def __len__(self):
         return len(self.paths)
@@ -310,21 +307,13 @@ class AudioSamples:
         draws = torch.from_numpy(rng.random(4, dtype=np.float32))
         return {"wave": wave, "length": length, "target": target, "draws": draws}
 
-
-class Seeded(Dataset):
-    """Samples by (epoch, i): all chance in one follows from seed, epoch and i, whoever reads it."""
-
-    def __init__(self, samples, seed):
-        self.samples, self.seed = samples, seed
-
     def __getitem__(self, key):
         epoch, i = key
         reason = ""
-        for offset in range(min(100, len(self.samples))):  # the next one steps in for a bad one
+        for offset in range(min(100, len(self))):  # the next one steps in for a bad one
             rng = np.random.default_rng((self.seed, epoch, i))
             try:
-                sample = self.samples.read((i + offset) % len(self.samples), rng)
-                return sample | {"skipped": reason}
+                return self.read((i + offset) % len(self), rng) | {"skipped": reason}
             except Unreadable as error:
                 reason = reason or str(error)
         raise ValueError(f"no clip can be read, for example {reason}")
@@ -345,31 +334,27 @@ def batches(count, batch, epochs, seed, start):
         yield [(epoch, int(i)) for i in mine]
 
 
-def check_input(samples, front_end):
+def check_input(samples):
     """Warn where what the encoder hears is not normalised: wrong --mean and --std."""
-    seeded = Seeded(samples, seed=0)
-    some = default_collate([seeded[0, i] for i in range(min(32, len(samples)))])
-    x = front_end(some["wave"], some["length"])                                  # (32, 1, T, F)
+    some = default_collate([samples[0, i] for i in range(min(32, len(samples)))])
+    x = samples.front_end(some["wave"], some["length"])                          # (32, 1, T, F)
     if abs(x.mean()) > 0.7 or not 0.4 < x.std() < 2:
-        print0(f"warning: the encoder's input has mean {x.mean():.2f} and std {x.std():.2f} instead "
-               f"of 0 and 1. python data.py stats computes a dataset's --mean and --std")
+        print0(f"warning: the encoder's input has mean {x.mean():.2f} and std {x.std():.2f}, not 0 "
+               f"and 1. python data.py stats computes a dataset's --mean and --std")
 
 
 # -------------------------------------------------------------------------------- checkpoints
-
 def load_checkpoint(path, stages):
     """A checkpoint of one of `stages`, a dict. Raises FileNotFoundError, ValueError."""
     if not Path(path).exists():
-        raise FileNotFoundError(f"{path}: no such checkpoint. python pretrain.py --data toy makes "
-                                f"out/toy/pretrain/checkpoint.pt, python clip_load.py vipant "
-                                f"fetches out/vipant/checkpoint.pt")
+        raise FileNotFoundError(f"{path}: no such checkpoint. python pretrain.py makes one, python "
+                                f"clip_load.py vipant fetches the authors'")
     check_zip(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         stage = checkpoint["stage"]
     except Exception as error:  # of a damaged file, anything
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"{path}: not a checkpoint of ours ({reason})") from None
+        raise ValueError(f"{path}: not a checkpoint of ours ({str(error):.99})") from None
     if stage not in stages:
         raise ValueError(f"{path}: a checkpoint of stage '{stage}'; needed: {' or '.join(stages)}")
     return checkpoint
@@ -387,10 +372,7 @@ def audio_encoder_of(checkpoint, path):
 
 
 def resume(path, learner, optimizer, settings, about):
-    """Go on from a run's own checkpoint, if there is one -> step.
-
-    Raises ValueError where it was made otherwise: then going on would be another run.
-    """
+    """Go on from a run's own checkpoint, if any -> step. Raises ValueError (of another run)."""
     if not path.exists():
         return 0
     saved = load_checkpoint(path, [about["stage"]])
@@ -409,7 +391,6 @@ def resume(path, learner, optimizer, settings, about):
 
 
 # ----------------------------------------------------------------------------------- the loop
-
 def next_batch(source, device):
     """A DataLoader's next batch, on the device; how many clips it lacks; seconds of waiting."""
     asked = time.perf_counter()
@@ -423,7 +404,7 @@ def next_batch(source, device):
 
 
 def write_log(path, line, **values):
-    """A line on the console and a JSON object in log.jsonl; of two for one step the later counts."""
+    """A line on the console, a JSON object in log.jsonl; of two for a step the later counts."""
     if rank_and_size()[0] == 0:
         with open(path, "a") as file:
             file.write(json.dumps(values) + "\n")
@@ -443,18 +424,15 @@ def matmul_rate(device):
     """Measured rate of large matrix products in FLOP/s: MFU is the share of it that is used."""
     size = 8192 if device.type == "cuda" else 1024
     a = torch.randn(size, size, device=device)
-
-    def product():
-        (a @ a)[0, 0].item()  # which waits for the device
-
-    return 2 * size ** 3 / min(timeit.repeat(product, number=1, repeat=5))
+    times = timeit.repeat(lambda: (a @ a)[0, 0].item(), number=1, repeat=5)  # .item() waits for it
+    return 2 * size ** 3 / min(times)
 
 
 def train(learner, samples, settings, about, validate, device):
     """The training loop of every stage; leaves checkpoint.pt and log.jsonl, goes on from them.
 
     learner   forward(batch) -> features; loss(*features) -> (); report(); flops() of a sample
-    samples   len(); read(i, rng) -> dict of tensors, raises Unreadable
+    samples   len(); samples[epoch, i] -> dict of tensors, and why another clip steps in or ""
     about     what the checkpoint says of itself: "stage", "made_of", and more
     validate  (learner) -> dict of numbers in %, called on every rank after each epoch
     """
@@ -484,9 +462,8 @@ def train(learner, samples, settings, about, validate, device):
     with autocast:
         peak_rate = matmul_rate(device)
     order = batches(len(samples), settings.batch, settings.epochs, settings.seed, start)
-    source = iter(DataLoader(Seeded(samples, settings.seed), batch_sampler=order, pin_memory=gpu,
-                             num_workers=settings.workers,
-                             worker_init_fn=partial(end_with_parent, os.getpid())))
+    source = iter(DataLoader(samples, batch_sampler=order, num_workers=settings.workers,
+                             pin_memory=gpu, worker_init_fn=partial(end_with_parent, os.getpid())))
     write_log(log, f"{settings.out}: {len(samples)} clips, step {start} of {steps}, {size} rank(s) "
               f"on {device}", command=sys.argv, settings=asdict(settings), ranks=size)
     logged, began, waiting, skipped = start, time.perf_counter(), 0.0, 0
@@ -508,12 +485,13 @@ def train(learner, samples, settings, about, validate, device):
         optimizer.zero_grad()
         losses += loss.detach()
         # log
-        epoch, rest = divmod(step, steps_per_epoch)
-        saves = rest == 0 or step % settings.save_every == 0 or step == stop
+        epoch_ends = step % steps_per_epoch == 0
+        saves = epoch_ends or step % settings.save_every == 0 or step == stop
         if not saves and step % settings.log_every:
             continue
         mean_loss, seconds = losses.item() / (step - logged), time.perf_counter() - began
-        if not math.isfinite(mean_loss) or not all(p.isfinite().all() for p in learner.parameters()):
+        finite = all(p.isfinite().all() for p in learner.parameters())
+        if not (finite and math.isfinite(mean_loss)):
             raise ValueError(f"the loss is {mean_loss}: the weights diverge. The last checkpoint "
                              f"stays in {path}; lower --lr-weights or --lr-biases")
         if skipped > max(10, 0.01 * len(samples) / size):
@@ -528,24 +506,25 @@ def train(learner, samples, settings, about, validate, device):
         line = " | ".join(f"{name} {value:.4g}" for name, value in numbers.items())
         write_log(log, f"step {step} | {line}", step=step, **numbers)
         # validate
-        if rest == 0:
+        if epoch_ends:
             scores, skipped = validate(learner.eval()), 0
             learner.train()
             line = ", ".join(f"{name} {value:.1f} %" for name, value in scores.items())
-            write_log(log, f"  after epoch {epoch}: {line}", step=step, after=epoch, **scores)
+            write_log(log, f"  validation: {line}", step=step, after=step // steps_per_epoch,
+                      **scores)
         # save
         if saves and rank == 0:
-            content = about | {"settings": asdict(settings), "step": step, "steps": steps,
-                               "learner": learner.state_dict(), "torch": str(torch.__version__),
-                               "optimizer": optimizer.state_dict()}
-            write_whole(path, partial(torch.save, content))
+            write_whole(path, partial(torch.save, about | {
+                "encoder": learner.audio_encoder.config, "front_end": asdict(learner.front_end),
+                "settings": asdict(settings), "step": step, "steps": steps,
+                "learner": learner.state_dict(), "optimizer": optimizer.state_dict(),
+                "torch": str(torch.__version__)}))
         losses.zero_()
         logged, began, waiting = step, time.perf_counter(), 0.0
     barrier()
 
 
 # ------------------------------------------------------------------------------------ stage 1
-
 def top1_hits(queries, gallery, labels):
     """Top-1 retrieval where relevant means the same label *set* (§3.2.2).
 
@@ -565,33 +544,36 @@ def frame_retrieval(clips, bank, device, workers):
 
     Where clips have no labels: how often it finds the very clip that it belongs to.
     """
-    images = torch.stack([bank.row(bank.of(i)[:2][-1]) for i in range(len(clips))])  # (N, D)
-    labels = [clip.labels or (clip.id,) for clip in clips]
+    images = [bank.row(bank.of(i)[:2][-1]) for i in range(len(clips))]           # N × (D,)
 
     def validate(learner):
         audio = learner.embed([clip.audio for clip in clips], device, workers)   # (N, D)
-        both = (images.any(1) & audio.any(1)).nonzero().flatten().tolist()
-        hit, _ = top1_hits(images[both], audio[both], [labels[i] for i in both])
+        both = [i for i in range(len(clips)) if audio[i].any() and images[i].any()]
+        if not both:
+            return {}
+        hit, _ = top1_hits(torch.stack([images[i] for i in both]), audio[both],
+                           [clips[i].labels or (clips[i].id,) for i in both])
         return {"image->audio precision@1": 100 * hit.mean().item()}
 
     return validate
 
 
 def training_clips(folder, leave_out):
-    """Clips of a folder's training split with sound and frames, but those that AudioCaps tests.
+    """A folder's training clips with sound and frames, without those that AudioCaps tests.
 
     leave_out: folder of AudioCaps' tables, or none. Raises FileNotFoundError, ValueError (no clip).
     """
     listed = read_split("audioset", folder, "train")
     clips = [clip for clip in listed if clip.audio and clip.frames]
+    whole = len(clips)
     if leave_out != "none":
         held_out = held_out_by_audiocaps(clips, leave_out, folder)
         clips = [clip for clip, held in zip(clips, held_out) if not held]
-        print0(f"{folder}: {sum(held_out)} clips left out, which AudioCaps ({leave_out}) tests")
-    print0(f"{folder}: {len(clips)} of {len(listed)} clips train")
+    print0(f"{folder}: {len(clips)} of {len(listed)} clips train; {whole - len(clips)} with sound "
+           f"and frames are left out, which AudioCaps ({leave_out}) tests")
     if not clips:
-        raise ValueError(f"{folder}: no clip has sound and frames; python data.py extract cuts "
-                         f"them out of videos")
+        raise ValueError(f"{folder}: no clip to train on; python data.py extract cuts sound and "
+                         f"frames out of videos")
     return clips
 
 
@@ -611,18 +593,16 @@ def pretrain(settings, device):
                     (settings.stride_time, settings.stride_mel))
     front_end = FrontEnd(settings.sample_rate, settings.mels, settings.frames, settings.mean,
                          settings.std)
-    samples = AudioSamples(clips, [bank], front_end)
-    check_input(samples, front_end)
+    samples = AudioSamples(clips, [bank], front_end, settings.seed)
+    check_input(samples)
     made_of = {"clips": short_digest(*(c.id for c in clips)), "CLIP": digest(clip)}
-    about = {"stage": "pretrain", "made_of": made_of, "encoder": encoder.config,
-             "front_end": asdict(front_end), "clip": pack_clip(clip, tokenizer)}
+    about = {"stage": "pretrain", "made_of": made_of, "clip": pack_clip(clip, tokenizer)}
     train(AudioLearner(encoder, front_end), samples, settings, about,
           frame_retrieval(val, val_bank, device, settings.workers), device)
 
 
 # ------------------------------------------------------------------------------ the toy's CLIP
-
-def make_toy_world(device):
+def make_toy_world():
     """Make data/toy, and its CLIP from its image-caption pairs, by L_cst(V, T) of Eq. 3."""
     if not Path("data/toy").exists():
         make_toy("data/toy")
@@ -632,17 +612,15 @@ def make_toy_world(device):
     tokenizer = Tokenizer(TOY.vocab, context_length=16)
     clip = CLIP(image_size=64, patch=16, vision_width=128, vision_layers=3, context_length=16,
                 vocab_size=tokenizer.vocab_size, text_width=128, text_layers=1, output_dim=64)
-    clip.to(device)
     pairs = read_index("data/toy/pairs.jsonl", need=("frames", "captions"))
     images = torch.stack([load_image(pair.frames[0], 64) for pair in pairs])     # (N, 3, R, R)
     tokens = tokenizer([pair.captions[0] for pair in pairs])                     # (N, L)
     optimizer = torch.optim.Adam(clip.parameters())
-    epochs = [torch.randperm(len(pairs)) for _ in range(8)]
-    steps = torch.cat(epochs).split(128)
+    steps = torch.cat([torch.randperm(len(pairs)) for _ in range(8)]).split(128)  # 8 epochs
     for step, some in enumerate(tqdm(steps, desc="the toy's CLIP")):
         optimizer.param_groups[0]["lr"] = 5e-4 * schedule(step, len(steps), warmup_steps=20)
-        loss = info_nce(clip.encode_image(images[some].to(device)),
-                        clip.encode_text(tokens[some].to(device)), clip.logit_scale)
+        loss = info_nce(clip.encode_image(images[some]), clip.encode_text(tokens[some]),
+                        clip.logit_scale)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -653,7 +631,7 @@ def main():
     settings = parse(Settings(), {"toy": TOY}, description=__doc__)
     toy = settings.data == "toy"
     if toy and settings.clip == TOY.clip and os.environ.get("RANK", "0") == "0":
-        make_toy_world(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        make_toy_world()
     device = join_ranks()  # where the others wait for the toy's CLIP
     name = "pretrain" if settings.init == "clip" else "pretrain-random"
     default = f"out/{dataset_folder(settings.data).name}/{name}"

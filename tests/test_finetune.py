@@ -89,7 +89,7 @@ def test_mixtures_by_hand(world):
     clips = read_index(world / "train.jsonl")[:5]
     classes = sorted({label for c in clips for label in c.labels})
     samples = finetune.MixedSamples(clips, [finetune.Labels(clips, classes)],
-                                    FrontEnd(16_000, 32, 100))
+                                    FrontEnd(16_000, 32, 100), seed=0)
     rng = np.random.default_rng(3)
     one = samples.read(2, rng)
     other, share = AudioSamples.read(samples, rng.integers(5), rng), rng.beta(10, 10)
