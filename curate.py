@@ -259,7 +259,7 @@ def curate(settings, device):
 
 def main():
     # the toy's pool has few captions of a thing: of the nearest ten most would be of other things
-    toy = Settings(data="toy", clip=TOY.clip, vocab=TOY.vocab, leave_out="none", k=3)
+    toy = Settings(data="toy", clip=TOY.clip, vocab=TOY.vocab, leave_out="none", k=1)
     generates = sys.argv[1:2] == ["generate"]
     settings = parse(Settings(), {"toy": toy}, sys.argv[1 + generates:], __doc__)
     if not settings.source and not generates:

@@ -50,6 +50,8 @@ class Unreadable(ValueError):
 def run(main):
     """Call a script's main; what a user can mend ends in a message instead of a traceback."""
     name = os.path.basename(sys.argv[0])
+    if "RANK" in os.environ:
+        end_with_parent(os.getppid(), worker=None)  # torchrun, however it ends
     try:
         main()
     except KeyboardInterrupt:
@@ -1048,8 +1050,14 @@ COLOURS = {  # colour -> its RGB, its pitch, and that pitch in Hz
 COUNTS = {"one": "once", "two": "twice", "three": "three times", "four": "four times"}
 THINGS = list(itertools.product(SHAPES, COLOURS, range(1, 5)))  # 144
 TOY_RATE, TOY_IMAGE = 16_000, 64  # Hz, pixels
-TOY_SPLITS = {"pairs": 8000, "train": 4000, "val": 144, "test": 144}
+TOY_SPLITS = {"pairs": 8000, "train": 4000, "val": 576, "test": 144}
 TOY_GOLD = 1000  # training clips that gold.jsonl has a caption for
+# What makes the paper's world hard, and its method work:
+OFF_SCREEN = 0.5  # of the training videos show another thing than the one that sounds
+OF_SOUND = 0.03   # of the web's captions name the sound, not the looks; none is a bare label,
+SAYS_SO = 0.5     # and every second of these says "the sound of"
+UNKNOWN = ("star", "cross", "ring")  # captions of pictures (VC) know only half of what there is
+TWO_THINGS = 0.1  # of a language model's captions (FC), which know all, add a thing not there
 
 
 def in_words(thing):
@@ -1067,14 +1075,6 @@ def vision_caption(thing, size, dark, rng):
                            f"a photo of {number} {colour} {shapes}",
                            f"{colour} {shapes} , {number} of them , on a {background} background",
                            f"there are {number} {size} {colour} {shapes}"]))
-
-
-def free_caption(rng):
-    """What a language model that has read captions of pictures might write."""
-    one, other = (in_words(THINGS[i]) for i in rng.integers(len(THINGS), size=2))
-    first, second = " ".join(one), " ".join(other)
-    return str(rng.choice([f"{first} and {second}", f"a picture of {first}", f"{first} next to {second}",
-                           f"there are {first} , {rng.choice(['small', 'large'])} and {other[1]}"]))
 
 
 def audio_captions(thing, loud):
@@ -1145,29 +1145,52 @@ def sound_thing(thing, loudness, rng):
 def make_toy_clip(job, folder, seed):
     """Write one clip's files; returns its index row. job: split and number, which fix everything."""
     split, i = job
-    rng = np.random.default_rng((seed, sorted(TOY_SPLITS).index(split), i))
+    place = (seed, sorted(TOY_SPLITS).index(split), i)
+    ear, eye = np.random.default_rng((*place, 0)), np.random.default_rng((*place, 1))
     held_out = split in ("val", "test")
-    thing = THINGS[i % len(THINGS)] if held_out else THINGS[rng.integers(len(THINGS))]
-    radius, loudness = rng.uniform(8, 13), rng.uniform(0.1, 1)
-    size, dark = "small" if radius < 10.5 else "large", bool(rng.integers(2))
-    background = tuple(int(v) for v in rng.integers(0, 60, 3) + (0 if dark else 100))
-    cells = rng.permutation(4)[:thing[2]]                                        # quarters
-    start = np.stack([cells % 2, cells // 2], 1) * 32 + rng.uniform(14, 18, (thing[2], 2))
-    drift = rng.uniform(-2, 2, (thing[2], 2))
+    thing = THINGS[i % len(THINGS)] if held_out else THINGS[ear.integers(len(THINGS))]
+    loudness = ear.uniform(0.1, 1)
+    off_screen, other = eye.uniform() < OFF_SCREEN, THINGS[eye.integers(len(THINGS))]
+    seen = other if off_screen and split == "train" else thing
+    radius, dark = eye.uniform(8, 13), bool(eye.integers(2))
+    size = "small" if radius < 10.5 else "large"
+    background = tuple(int(v) for v in eye.integers(0, 60, 3) + (0 if dark else 100))
+    cells = eye.permutation(4)[:seen[2]]                                         # quarters
+    start = np.stack([cells % 2, cells // 2], 1) * 32 + eye.uniform(14, 18, (seen[2], 2))
+    drift = eye.uniform(-2, 2, (seen[2], 2))
     captions = audio_captions(thing, loudness > 0.5)
     label = f"{COLOURS[thing[1]][1]} {SHAPES[thing[0]]}"
     row = {"id": f"{split}_{i}", "frames": []}
     for step in range(4 if split != "pairs" else 1):
         row["frames"].append(f"frames/{split}_{i}_{step + 1}.jpg")
-        image = draw_thing(thing, radius, background, start + step * drift)
+        image = draw_thing(seen, radius, background, start + step * drift)
         image.save(folder / row["frames"][-1], quality=90)
-    if split == "pairs":  # the web's image-caption pairs: mostly about looks, some about sounds
-        of_sound = rng.uniform() < 0.4
-        choice = rng.choice([*captions, label]) if of_sound else vision_caption(thing, size, dark, rng)
-        return row | {"captions": [str(choice)]}
+    if split == "pairs":
+        rest = (1 - SAYS_SO) / 4
+        of_sound = eye.uniform() < OF_SOUND
+        caption = (eye.choice(captions, p=(rest, SAYS_SO, rest, rest, rest)) if of_sound
+                   else vision_caption(thing, size, dark, eye))
+        return row | {"captions": [str(caption)]}
     audio = f"audio/{split}_{i}.wav"
-    soundfile.write(folder / audio, sound_thing(thing, loudness, rng), TOY_RATE, subtype="PCM_16")
+    soundfile.write(folder / audio, sound_thing(thing, loudness, ear), TOY_RATE, subtype="PCM_16")
     return row | {"audio": audio, "labels": [label], "captions": captions}
+
+
+def toy_captions(kind, rng, count=2000):
+    """Captions without clips: ac, of sounds; vc, of pictures; fc, a language model's."""
+    things = [thing for thing in THINGS if kind != "vc" or thing[0] not in UNKNOWN]
+    captions = []
+    for i in rng.integers(len(things), size=count):
+        first, second = rng.uniform(size=2) < 0.5           # loud or soft, small or large, dark
+        if kind == "ac":
+            captions.append(str(rng.choice(audio_captions(things[i], first))))
+        elif rng.uniform() < (TWO_THINGS if kind == "fc" else 0.0):
+            other = things[rng.integers(len(things))]
+            captions.append(" ".join((*in_words(things[i]), "and", *in_words(other))))
+        else:
+            size = "small" if first else "large"
+            captions.append(vision_caption(things[i], size, second, rng))
+    return captions
 
 
 def write_toy_vocabulary(path):
@@ -1176,7 +1199,7 @@ def write_toy_vocabulary(path):
     for thing in THINGS:
         texts = [vision_caption(thing, size, dark, rng)
                  for size in ("small", "large") for dark in (0, 1) for _ in range(9)]
-        texts += [free_caption(rng) for _ in range(9)] + ["the sound of", "a photo of"]
+        texts += ["the sound of", "a photo of", "and"]
         texts += audio_captions(thing, True) + audio_captions(thing, False)
         for word in " ".join(texts).split():
             words[word] = [*word[:-1], word[-1] + "</w>"]                        # its units so far
@@ -1197,7 +1220,8 @@ def make_toy(folder, seed=0, splits=TOY_SPLITS, workers=2):
 
     pairs.jsonl: image-caption pairs for the toy's CLIP. train.jsonl: clips without captions.
     gold.jsonl: some of those with one, what AudioCaps is to AudioSet. ac.txt, vc.txt, fc.txt:
-    captions without clips. val.jsonl, test.jsonl: each of the 144 things once, with 5 captions.
+    captions without clips. test.jsonl: each of the 144 things once, with 5 captions; val.jsonl: four
+    times.
     """
     folder = Path(folder)
     part = folder.with_name(f"{folder.name}.part")
@@ -1215,14 +1239,10 @@ def make_toy(folder, seed=0, splits=TOY_SPLITS, workers=2):
         del row["captions"]
     for name, rows in indexes.items():
         (part / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pools = {"ac": [], "vc": [], "fc": []}
-    for i in rng.integers(len(THINGS), size=2000):
-        thing, size, dark = THINGS[i], rng.choice(["small", "large"]), rng.uniform() < 0.5
-        pools["ac"].append(str(rng.choice(audio_captions(thing, rng.uniform() < 0.5))))
-        pools["vc"].append(vision_caption(thing, size, dark, rng))
-        pools["fc"].append(free_caption(rng))
-    for name, captions in pools.items():
-        (part / f"{name}.txt").write_text("".join(f"{caption}\n" for caption in captions))
+    rng = np.random.default_rng((seed, 2))
+    for kind in ("ac", "vc", "fc"):
+        text = "".join(f"{caption}\n" for caption in toy_captions(kind, rng))
+        (part / f"{kind}.txt").write_text(text)
     write_toy_vocabulary(part / "vocab.txt.gz")
     os.replace(part, folder)
 

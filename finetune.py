@@ -53,7 +53,6 @@ class Settings(Training):
     batch: int = setting(64, "clips a step over all ranks")
     last_layers: int = setting(-1, "head: blocks that learn; 0: a linear probe; -1: all")
     mixup: float = setting(0.0, "head: share of clips mixed with another")
-    warmup_steps: int = setting(1, "of linear warm-up, where rates are halved")
     halve_epochs: numbers = setting((), "halve the rates after these; none: cosine")
     halve_steps: numbers = setting((), "the same")
 
@@ -63,7 +62,7 @@ class Settings(Training):
         if not milestones:
             return super().lr_factor(step, steps_per_epoch)
         halvings = sum(step >= at for at in milestones)
-        return min(1.0, (step + 1) / self.warmup_steps) * 0.5 ** halvings
+        return min(1.0, (step + 1) / max(1, self.warmup_steps)) * 0.5 ** halvings
 
 
 # Table 5: ESC-50 and US8K; then AudioSet, balanced and unbalanced.
@@ -80,8 +79,8 @@ PRESETS = {
     "esc10": Settings(head="esc10", data="esc50", init="random", optimizer="adam", batch=32,
                       epochs=30, warmup_epochs=3.0, lr_weights=1e-3, lr_biases=1e-3,
                       weight_decay=0.0, mixup=0.5, workers=0, log_every=100),
-    "toy": Settings(data="toy", init="out/toy/pretrain/checkpoint.pt", epochs=6, warmup_epochs=0.5,
-                    lr_weights=2.0, workers=1, log_every=62),
+    "toy": Settings(data="toy", init="out/toy/pretrain/checkpoint.pt", steps=200, warmup_steps=31,
+                    lr_weights=2.0, workers=1, log_every=100),
 }
 
 

@@ -53,8 +53,9 @@ class Training:
     optimizer: str = setting("lars", "of Table 5", ["lars", "adam"])
     batch: int = setting(432, "clips a step over all ranks; each other's negatives")
     epochs: int = setting(25, "passes over the training clips")
-    steps: int = setting(0, "stop after so many; the command without it goes on; 0: all", free=True)
+    steps: int = setting(0, "train for so many instead, measured at their end")
     warmup_epochs: float = setting(10.0, "of linear warm-up, then cosine to 0.1 %")
+    warmup_steps: int = setting(0, "of linear warm-up instead")
     lr_weights: float = setting(0.2, "peak for weights; with lars times batch/256")
     lr_biases: float = setting(4.8e-3, "the same for biases, norms and temperature")
     weight_decay: float = setting(1e-6, "on weights")
@@ -67,7 +68,8 @@ class Training:
 
     def lr_factor(self, step, steps_per_epoch):
         """Factor on the peak learning rates at a step."""
-        return schedule(step, self.epochs * steps_per_epoch, self.warmup_epochs * steps_per_epoch)
+        steps = self.steps or self.epochs * steps_per_epoch
+        return schedule(step, steps, self.warmup_steps or self.warmup_epochs * steps_per_epoch)
 
 
 @dataclass(frozen=True)
@@ -88,11 +90,11 @@ class Settings(Training):
     stride_mel: int = setting(24, "mel bins between patches")
 
 
-# The paper at half its scale: 64 mel bins, patches of 16 pixels (the toy CLIP's) that overlap by a
-# quarter. Mean and std are the toy's own; 62 steps are an epoch.
+# The paper at half its scale: 64 mel bins, patches of 16 pixels (the toy CLIP's), side by side.
+# Mean and std are the toy's own; 62 steps are an epoch.
 TOY = Settings(data="toy", leave_out="none", clip="out/toy/clip/clip.pt",
                vocab="data/toy/vocab.txt.gz", sample_rate=16_000, mels=64, frames=100, mean=-2.21,
-               std=3.51, stride_time=12, stride_mel=12, batch=64, epochs=9, warmup_epochs=0.5,
+               std=3.51, stride_time=16, stride_mel=16, batch=64, epochs=9, warmup_epochs=0.5,
                lr_weights=5.0, lr_biases=7e-3, workers=1, log_every=62)
 
 
@@ -319,14 +321,14 @@ class AudioSamples(Dataset):
         raise ValueError(f"no clip can be read, for example {reason}")
 
 
-def batches(count, batch, epochs, seed, start):
-    """This rank's part of each batch from step `start` on: lists of (epoch, i).
+def batches(count, batch, seed, start, steps):
+    """This rank's part of each batch from step `start` to `steps`: lists of (epoch, i).
 
     An epoch's order follows from seed and epoch; what does not fill a batch at its end drops out.
     """
     rank, size = rank_and_size()
     steps_per_epoch = count // batch
-    for step in range(start, epochs * steps_per_epoch):
+    for step in range(start, steps):
         epoch, at = divmod(step, steps_per_epoch)
         if at == 0 or step == start:
             order = np.random.default_rng((seed, epoch)).permutation(count)
@@ -445,8 +447,7 @@ def train(learner, samples, settings, about, validate, device):
         raise ValueError(f"--batch {settings.batch}: must be a multiple of the {size} ranks, and "
                          f"not more than the {len(samples)} clips")
     steps_per_epoch = len(samples) // settings.batch
-    steps = settings.epochs * steps_per_epoch
-    stop = min(steps, settings.steps or steps)
+    steps = settings.steps or settings.epochs * steps_per_epoch
     learner.to(device).train()
     optimizer = make_optimizer(learner, settings)
     start = resume(path, learner, optimizer, settings, about)
@@ -461,7 +462,7 @@ def train(learner, samples, settings, about, validate, device):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     with autocast:
         peak_rate = matmul_rate(device)
-    order = batches(len(samples), settings.batch, settings.epochs, settings.seed, start)
+    order = batches(len(samples), settings.batch, settings.seed, start, steps)
     source = iter(DataLoader(samples, batch_sampler=order, num_workers=settings.workers,
                              pin_memory=gpu, worker_init_fn=partial(end_with_parent, os.getpid())))
     write_log(log, f"{settings.out}: {len(samples)} clips, step {start} of {steps}, {size} rank(s) "
@@ -469,7 +470,7 @@ def train(learner, samples, settings, about, validate, device):
     logged, began, waiting, skipped = start, time.perf_counter(), 0.0, 0
     losses = torch.zeros((), device=device)  # summed on the device: to read it waits for the step
 
-    for step in range(start + 1, stop + 1):
+    for step in range(start + 1, steps + 1):
         # schedule
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * settings.lr_factor(step - 1, steps_per_epoch)
@@ -485,8 +486,8 @@ def train(learner, samples, settings, about, validate, device):
         optimizer.zero_grad()
         losses += loss.detach()
         # log
-        epoch_ends = step % steps_per_epoch == 0
-        saves = epoch_ends or step % settings.save_every == 0 or step == stop
+        epoch_ends = step == steps if settings.steps else step % steps_per_epoch == 0
+        saves = epoch_ends or step % settings.save_every == 0
         if not saves and step % settings.log_every:
             continue
         mean_loss, seconds = losses.item() / (step - logged), time.perf_counter() - began
@@ -502,7 +503,7 @@ def train(learner, samples, settings, about, validate, device):
                    "lr": optimizer.param_groups[0]["lr"], "clips/s": speed,
                    "MFU": speed * learner.flops() / peak_rate / size,
                    "waiting": waiting / seconds, "skipped": skipped,
-                   "minutes left": (stop - step) * settings.batch / speed / 60}
+                   "minutes left": (steps - step) * settings.batch / speed / 60}
         line = " | ".join(f"{name} {value:.4g}" for name, value in numbers.items())
         write_log(log, f"step {step} | {line}", step=step, **numbers)
         # validate
@@ -616,7 +617,7 @@ def make_toy_world():
     images = torch.stack([load_image(pair.frames[0], 64) for pair in pairs])     # (N, 3, R, R)
     tokens = tokenizer([pair.captions[0] for pair in pairs])                     # (N, L)
     optimizer = torch.optim.Adam(clip.parameters())
-    steps = torch.cat([torch.randperm(len(pairs)) for _ in range(8)]).split(128)  # 8 epochs
+    steps = torch.cat([torch.randperm(len(pairs)) for _ in range(5)]).split(128)  # 5 epochs
     for step, some in enumerate(tqdm(steps, desc="the toy's CLIP")):
         optimizer.param_groups[0]["lr"] = 5e-4 * schedule(step, len(steps), warmup_steps=20)
         loss = info_nce(clip.encode_image(images[some]), clip.encode_text(tokens[some]),

@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,17 +72,18 @@ def run():
 
 @pytest.fixture(scope="session")
 def kill():
-    """Run a script and kill it (SIGKILL) after so many seconds -> whether it was still running."""
-    def kill(seconds, script, *flags, cwd=None):
-        process = subprocess.Popen(command(script, *flags), env=ENVIRONMENT, cwd=cwd,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            process.wait(seconds)
-            return False
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            return True
+    """Run a script and kill it (SIGKILL) after so many seconds, or when it has printed a line that
+    begins with a text -> whether it was still running."""
+    def kill(when, script, *flags, ranks=1, cwd=None):
+        process = subprocess.Popen(command(script, *flags, ranks=ranks), env=ENVIRONMENT, cwd=cwd,
+                                   stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        timer = threading.Timer(300 if isinstance(when, str) else when, process.kill)
+        timer.start()
+        for line in process.stdout:
+            if isinstance(when, str) and line.startswith(when):
+                process.kill()
+        timer.cancel()
+        return process.wait() == -signal.SIGKILL
 
     return kill
 

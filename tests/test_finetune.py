@@ -12,6 +12,7 @@ import torch
 from data import Clip, FrontEnd, read_index
 from finetune import PRESETS, Settings
 from model import VisionTransformer
+import pretrain
 from pretrain import AudioSamples, load_checkpoint, parse
 
 CPU = torch.device("cpu")
@@ -46,15 +47,31 @@ def test_pairs_and_clips_are_joined_by_id(world, tmp_path):
     assert other.audio == str(world / "audio/train_2.wav") and len(other.frames) == 4
 
 
+def stops_after(steps, next_batch=pretrain.next_batch):
+    """next_batch, but for a Ctrl-C after so many steps."""
+    taken = []
+
+    def next_or_stop(*arguments):
+        if len(taken) == steps:
+            raise KeyboardInterrupt
+        taken.append(1)
+        return next_batch(*arguments)
+
+    return next_or_stop
+
+
 def test_few_pairs_are_learned_from_a_checkpoint_and_resume_to_the_same_bits(
-        run, checkpoint, world, tmp_path, capsys):
+        run, checkpoint, world, tmp_path, capsys, monkeypatch):
     curate.curate(curate.Settings(source="gc", data=str(world), out=str(tmp_path)), CPU)
     few = Settings(source="gc", data=str(world), out=str(tmp_path / "few"), init=str(checkpoint),
                    pairs=9, epochs=4, warmup_epochs=0, lr_weights=8.0, workers=0, precision="fp32",
                    log_every=1)
     cut, vat = (replace(few, out=few.out + name) for name in ("-cut", "-vat"))
     vat = replace(vat, objective="vat")
-    for settings in (few, replace(cut, steps=2), cut, replace(vat, steps=1)):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pretrain, "next_batch", stops_after(2))
+        finetune.finetune_on_captions(cut, CPU)
+    for settings in (few, cut, replace(vat, steps=1)):
         finetune.finetune_on_captions(settings, CPU)
     assert "9 pairs of 9 clips, in batches of 9" in capsys.readouterr().out
     start, one, other = (load_checkpoint(path, ["pretrain", "finetune"]) for path in (
