@@ -482,15 +482,15 @@ def read_table(path, need, columns=None):
     header. Raises FileNotFoundError, ValueError (file, line, and what was found instead).
     """
     text = read_text(path)
-    first = next((line for line in text.splitlines() if not line.startswith("#")), "")
+    first = text.partition("\n")[0]
     lines = csv.reader(text.splitlines(keepends=True), skipinitialspace=True,
                        delimiter=max(",;\t", key=first.count))
     rows = []
     try:
         for fields in lines:
-            fields = [" ".join(field.split()) for field in fields]
-            if not any(fields) or fields[0].startswith("#"):
-                continue
+            fields = [field.strip() for field in fields]
+            if not any(fields) or columns and lines.line_num <= 3 and fields[0].startswith("#"):
+                continue  # AudioSet's tables begin with comments
             if columns is None:
                 columns = [field.lower() for field in fields]
                 if missing := [column for column in need if column not in columns]:
@@ -595,7 +595,7 @@ def read_split(name, folder, split="test", need=()):
     for _, row in read_table(table, NEEDED[name]):
         if name == "clotho":
             sounds = folder / table.stem.removeprefix("clotho_captions_")
-            captions = tuple(row[f"caption_{i}"] for i in range(1, 6))
+            captions = tuple(" ".join(row[f"caption_{i}"].split()) for i in range(1, 6))
             name_of = row["file_name"]
             clips.append(Clip(name_of, inside(sounds, name_of), captions=captions))
             continue
@@ -667,7 +667,7 @@ def read_segments(path):
         segments[segment.id] = replace(
             known, labels=(row["label"],) if "label" in row else tuple(filter(None, labels)),
             split=row.get("split", ""),
-            captions=known.captions + ((row["caption"],) if "caption" in row else ()),
+            captions=(*known.captions, " ".join(row["caption"].split())) if "caption" in row else (),
             numbers=known.numbers + ((row["audiocap_id"],) if "audiocap_id" in row else ()))
     return list(segments.values())
 
@@ -780,56 +780,54 @@ def held_out_by_audiocaps(clips, tables, folder):
 SLACK = 0.5  # seconds that a video may lack: tables are in whole seconds, videos are not
 
 
-def frames_from(container, stream, start):
-    """Decoded frames from `start` (s from the file's beginning) or before on: (seconds, frame).
+def frames_from(path, kind, start, track=0):
+    """Decoded frames of a file from `start` (s from its beginning) or before on: (seconds, frame).
 
-    Seeks to before it; where nothing comes then, or too late, from the beginning without a seek.
+    Seeks to before it. Where nothing comes then, or too late, from the beginning without a seek.
     """
-    zero = (container.start_time or 0) / av.time_base
     for seeks in (True, False):
-        try:
-            container.seek(max(0, int((start + zero) * av.time_base)) if seeks else
-                           container.start_time or 0)
-        except av.FFmpegError:
-            continue
-        stream.codec_context.flush_buffers()
-        whole = not seeks or stream.type == "audio"  # what comes before a key frame is not
-        first = True
-        for frame in decoded(container, stream):
-            if frame.time is None or not (whole or frame.key_frame):
-                continue
-            whole = True
-            if first and seeks and frame.time - zero > start:
-                break
-            first = False
-            yield frame.time - zero, frame
-        if not first:
-            return
+        with opened(path, kind) as (container, streams):
+            zero, came = (container.start_time or 0) / av.time_base, False
+            if seeks:
+                container.seek(max(0, int((start + zero) * av.time_base)))
+            for frame in decoded(container, streams[track]):
+                if frame.time is None:
+                    continue
+                if seeks and not came and (frame.time - zero > start or kind == "video"
+                                           and not frame.key_frame):  # too late, or not whole
+                    if frame.time - zero > start:
+                        break
+                    continue
+                came = True
+                yield frame.time - zero, frame
+            if came:
+                return
 
 
 def cut_audio(path, start, end, sample_rate):
     """First channel of `start` to `end` (s) of a video or sound file -> (S,) float32.
 
-    Frames lie where their time stamps say. Of several sound tracks the first that is not silent.
-    Raises Unreadable.
+    Of several sound tracks the first that is not silent. Raises Unreadable.
     """
-    with opened(path, "audio") as (container, streams):
-        for stream in streams:
-            wave, rate = cut_track(path, container, stream, start, end)
-            if np.ptp(wave) > 0:
-                break
-        check_wave(path, wave, rate)
-        return resample(torch.from_numpy(wave), rate, sample_rate)
+    with opened(path, "audio") as (_, streams):
+        tracks = len(streams)
+    for track in range(tracks):
+        wave, rate = cut_track(path, start, end, track)
+        if np.ptp(wave) > 0:
+            break
+    check_wave(path, wave, rate)
+    return resample(torch.from_numpy(wave), rate, sample_rate)
 
 
-def cut_track(path, container, stream, start, end):
+def cut_track(path, start, end, track):
     """A sound track's first channel from `start` to `end` -> (S,) float32, its rate in Hz."""
-    rate = stream.rate
-    wave, covered, at = np.zeros(round((end - start) * rate), np.float32), 0, None
-    began = float((stream.start_time or 0) * stream.time_base)
-    late = round((began - (container.start_time or 0) / av.time_base - start) * rate)
-    for seconds, frame in frames_from(container, stream, max(0, start - 1)):  # codecs' run-up
-        samples, due = channels_of(frame)[0], round((seconds - start) * rate)
+    wave, covered, at = None, 0, None
+    for seconds, frame in frames_from(path, "audio", max(0, start - 1), track):  # codecs' run-up
+        rate, samples = frame.sample_rate, channels_of(frame)[0]
+        if wave is None:
+            wave = np.zeros(round((end - start) * rate), np.float32)
+            covered = max(0, round((seconds - start) * rate))  # before it sets in, it is silent
+        due = round((seconds - start) * rate)
         at = due if at is None or abs(due - at) > 0.02 * rate else at  # stamps may be in whole ms
         first, last = max(at, 0), min(at + len(samples), len(wave))
         if last > first:
@@ -838,9 +836,9 @@ def cut_track(path, container, stream, start, end):
         at += len(samples)
         if at >= len(wave):
             break
-    if covered < len(wave) - max(0, late) - SLACK * rate or not covered:  # late: silent before
-        raise Unreadable(f"{path}: has {covered / rate:.1f} of {len(wave) / rate:g} s of sound from "
-                         f"{start:g} s on")
+    if wave is None or covered < len(wave) - SLACK * rate:
+        heard = 0 if wave is None else covered / rate
+        raise Unreadable(f"{path}: has {heard:.1f} s of sound between {start:g} and {end:g} s")
     return wave, rate
 
 
@@ -850,25 +848,20 @@ def cut_frames(path, times, side):
     Shorter side at most `side` pixels. Raises Unreadable where a picture is missing; one that comes
     up to half a second late will do.
     """
-    times, images, last = list(times), [], None
-    with opened(path, "video") as (container, streams):
-        for seconds, frame in frames_from(container, streams[0], times[0]):
-            while times and last is not None and seconds > times[0]:
-                images.append(upright(last, side))  # it is shown until this one
-                del times[0]
-            if not times:
+    times, images, last, since = list(times), [], None, 0.0
+    for seconds, frame in frames_from(path, "video", times[0]):
+        while times and seconds > times[0] + 0.002:  # until then the last one was shown
+            if last is None and seconds > times[0] + SLACK:
                 break
-            if last is None and seconds > times[0]:
-                late = seconds - times[0]
-                if late > SLACK:
-                    break
-                images.append(upright(frame, side))
-                del times[0]
-            last, shown = frame, seconds
-        while times and last is not None and times[0] <= shown + SLACK + float(
-                (last.duration or 0) * last.time_base):
-            images.append(upright(last, side))
+            images.append(upright(last or frame, side))
             del times[0]
+        if not times or (last is None and seconds > times[0] + SLACK):
+            break
+        last, since = frame, seconds
+    if last is not None:  # the last one stays for a while
+        stays = since + max(SLACK, float((last.duration or 0) * last.time_base))
+        images += [upright(last, side) for at in times if at <= stays]
+        times = [at for at in times if at > stays]
     if times:
         raise Unreadable(f"{path}: has no picture at {times[0]:.1f} s")
     return images
