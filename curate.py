@@ -63,8 +63,7 @@ def folder_of(source, data):
 def caption_pool(source, folder, out):
     """A mined source's captions, each once; <source>.txt in either folder comes first.
 
-    Raises FileNotFoundError (what to get), ValueError (no caption).
-    """
+    Raises FileNotFoundError (what to get), ValueError (no caption)."""
     files = [path for path in (folder / f"{source}.txt", out / f"{source}.txt") if path.exists()]
     if files:
         lines = files[0].read_text(encoding="utf-8").splitlines()

@@ -13,7 +13,6 @@ B  clips on this rank   N  clips   M  rows of a bank   D  embedding   T, F  fram
 import argparse
 import hashlib
 import json
-import math
 import os
 import subprocess
 import sys
@@ -194,10 +193,7 @@ def short_digest(*texts):
 
 
 def embed_to_disk(folder, kind, names, items, read, encode, clip, workers=0):
-    """CLIP's unit embeddings of items, (M, D) fp16 -> paths of chunk files.
-
-    Their folder's name follows from CLIP's weights and `names`: what is there is what is meant.
-    """
+    """CLIP's unit embeddings of items, (M, D) fp16, in a folder named after them -> chunk files."""
     def make(start, end):
         dimensions = clip.visual.config["output_dim"]
         for features in embed(items[start:end], read, encode, dimensions, workers):
@@ -224,10 +220,8 @@ def frame_bank(folder, clips, clip, device, workers):
 
 
 class Bank:
-    """Frozen target embeddings in chunk files, (M, D) fp16 unit vectors, and the rows of each clip.
-
-    Clip i has the rows rows[starts[i]:starts[i + 1]]. A row of zeros is one that can't be read.
-    """
+    """Embeddings in chunk files, (M, D) fp16 unit vectors, zeros where one can't be had; clip i has
+    the rows rows[starts[i]:starts[i + 1]]."""
 
     def __init__(self, paths, rows, starts):
         self.paths, self.rows, self.starts = paths, rows, starts
@@ -276,10 +270,6 @@ class AudioLearner(nn.Module):
     def report(self):
         """Numbers for the log."""
         return {"temperature": self.log_scale.neg().exp().item()}
-
-    def flops(self):
-        """Of one clip's forward and backward pass; a backward pass costs two forward."""
-        return 3 * self.audio_encoder.flops()
 
     def embed(self, paths, device, workers=0):
         """Unit embeddings of sound files -> (N, D), zeros where one can't be read."""
@@ -433,17 +423,17 @@ def matmul_rate(device):
 def train(learner, samples, settings, about, validate, device):
     """The training loop of every stage; leaves checkpoint.pt and log.jsonl, goes on from them.
 
-    learner   forward(batch) -> features; loss(*features) -> (); report(); flops() of a sample
-    samples   len(); samples[epoch, i] -> dict of tensors, and why another clip steps in or ""
+    learner   forward(batch) -> features; loss(*features) -> (); report() -> numbers for the log
+    samples   AudioSamples
     about     what the checkpoint says of itself: "stage", "made_of", and more
     validate  (learner) -> dict of numbers in %, called on every rank after each epoch
     """
     (rank, size), gpu = rank_and_size(), device.type == "cuda"
     path, log = Path(settings.out) / "checkpoint.pt", Path(settings.out) / "log.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    if min(settings.batch, settings.epochs, settings.log_every, settings.save_every) < 1:
-        raise ValueError("--batch, --epochs, --log-every and --save-every are at least 1")
-    if settings.batch % size or settings.batch > len(samples):
+    if min(settings.epochs, settings.log_every, settings.save_every) < 1:
+        raise ValueError("--epochs, --log-every and --save-every are at least 1")
+    if settings.batch % size or not 0 < settings.batch <= len(samples):
         raise ValueError(f"--batch {settings.batch}: must be a multiple of the {size} ranks, and "
                          f"not more than the {len(samples)} clips")
     steps_per_epoch = len(samples) // settings.batch
@@ -462,6 +452,7 @@ def train(learner, samples, settings, about, validate, device):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     with autocast:
         peak_rate = matmul_rate(device)
+    flops = 3 * learner.audio_encoder.flops()  # of a clip; a backward pass costs two forward
     order = batches(len(samples), settings.batch, settings.seed, start, steps)
     source = iter(DataLoader(samples, batch_sampler=order, num_workers=settings.workers,
                              pin_memory=gpu, worker_init_fn=partial(end_with_parent, os.getpid())))
@@ -491,8 +482,7 @@ def train(learner, samples, settings, about, validate, device):
         if not saves and step % settings.log_every:
             continue
         mean_loss, seconds = losses.item() / (step - logged), time.perf_counter() - began
-        finite = all(p.isfinite().all() for p in learner.parameters())
-        if not (finite and math.isfinite(mean_loss)):
+        if not all(p.isfinite().all() for p in (losses, *learner.parameters())):
             raise ValueError(f"the loss is {mean_loss}: the weights diverge. The last checkpoint "
                              f"stays in {path}; lower --lr-weights or --lr-biases")
         if skipped > max(10, 0.01 * len(samples) / size):
@@ -501,7 +491,7 @@ def train(learner, samples, settings, about, validate, device):
         speed = (step - logged) * settings.batch / seconds
         numbers = {"epoch": step / steps_per_epoch, "loss": mean_loss, **learner.report(),
                    "lr": optimizer.param_groups[0]["lr"], "clips/s": speed,
-                   "MFU": speed * learner.flops() / peak_rate / size,
+                   "MFU": speed * flops / peak_rate / size,
                    "waiting": waiting / seconds, "skipped": skipped,
                    "minutes left": (steps - step) * settings.batch / speed / 60}
         line = " | ".join(f"{name} {value:.4g}" for name, value in numbers.items())
