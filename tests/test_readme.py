@@ -4,6 +4,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 
 import conftest
 import data
@@ -39,7 +40,7 @@ def run(line, cwd):
     words = [word for word in shlex.split(line)[1:] if not word.startswith("--nproc")]
     words = [str(conftest.ROOT / word) if word.endswith(".py") else word for word in words]
     alone = {"HOME": str(cwd), "https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
-    return subprocess.run(["python", *words], cwd=cwd, env=conftest.ENVIRONMENT | alone, text=True,
+    return subprocess.run([sys.executable, *words], cwd=cwd, env=conftest.ENVIRONMENT | alone, text=True,
                           capture_output=True, timeout=300, check=False)
 
 
@@ -64,6 +65,6 @@ def test_the_commands_for_the_toy_run_in_their_order(world, small_clip, tmp_path
     clip.parent.mkdir(parents=True)
     shutil.copy(small_clip, clip)
     for line in ON_THE_TOY:
-        done = run(line, tmp_path)
+        done = run(line + " --steps 2" * ("finetune.py" in line), tmp_path)
         assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
     assert data.read_index(tmp_path / "data/toy/train.jsonl")
