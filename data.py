@@ -1,16 +1,16 @@
-"""Files to tensors: sound, filterbanks, masks, frames; every dataset's reader; videos to clips (§3.2.2).
+"""Files to tensors: sound, filterbanks, images; every dataset's reader; videos; the toy (§3.2.2).
 
-    python data.py toy                                          # make the toy world in data/toy
-    python data.py extract --videos FOLDER --out data/mine      # your own videos -> WAV, frames, index
-    python data.py extract --segments data/audioset/eval_segments.csv --videos VIDEOS
-    python data.py stats --data audioset                        # for pretrain.py's --mean and --std
+    python data.py toy                                      # make the toy world in data/toy
+    python data.py extract --videos FOLDER --out data/mine  # your own videos -> WAV, frames, index
+    python data.py extract --videos FOLDER --segments data/audioset/eval_segments.csv
+    python data.py stats --data audioset                    # for pretrain.py's --mean and --std
 
-B  batch     S  samples of a waveform     T  frames of 10 ms     F  mel bins     R  side of an image
+B  batch    S  samples of a waveform    T  frames of 10 ms    F  mel bins    R  side of an image
 """
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # OpenMP's threads must not spin beside other work;
-os.environ.setdefault("KMP_BLOCKTIME", "1")      # it reads these when torch loads it (macOS: this one)
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # OpenMP's threads must not spin while they wait;
+os.environ.setdefault("KMP_BLOCKTIME", "1")      # read when torch loads it (on macOS this one)
 
 import argparse
 import csv
@@ -26,8 +26,8 @@ import sys
 import time
 import unicodedata
 from collections import Counter
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache, partial
 from pathlib import Path
@@ -42,28 +42,27 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 # ----------------------------------------------------------------------- errors and processes
-
 class Unreadable(ValueError):
     """One file that can't be used; the message names it. Training skips and counts it."""
 
 
 def run(main):
     """Call a script's main; what a user can mend ends in a message instead of a traceback."""
-    name = os.path.basename(sys.argv[0])
     if "RANK" in os.environ:
         end_with_parent(os.getppid(), worker=None)  # torchrun, however it ends
     try:
         main()
-    except KeyboardInterrupt:
-        sys.exit(f"\n{name}: stopped; the same command goes on from here")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyboardInterrupt) as error:
+        text, status = str(error), 1
+        if isinstance(error, KeyboardInterrupt):
+            text, status = "stopped; the same command goes on from here", 130
+        if "Original Traceback" in text:  # out of a worker process: the last line says it
+            text = text.strip().splitlines()[-1].partition(": ")[2]
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)  # rank 0 mostly says the same, and then torchrun ends this process
-        text = str(error)
-        if "Original Traceback" in text:  # out of a worker process
-            text = text.strip().splitlines()[-1].partition(": ")[2]
-        print(f"{name}: {text}", file=sys.stderr, flush=True)
-        os._exit(1)  # without waiting for the other ranks
+        sys.stdout.flush()
+        print(f"{os.path.basename(sys.argv[0])}: {text}", file=sys.stderr, flush=True)
+        os._exit(status)  # without waiting for the other ranks
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -72,7 +71,7 @@ def write_whole(path, save):
     """save(temporary path), then rename it: `path` is whole or not there, whenever we are killed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    part = path.with_name(f".{os.getpid()}.part{path.suffix}")
     try:
         save(part)
         os.replace(part, path)
@@ -96,23 +95,25 @@ def in_processes(function, items, workers):
 
 
 # -------------------------------------------------------------------------------------- sound
-
 DAMAGED = (av.FFmpegError, OSError, ValueError, RuntimeError, ArithmeticError, LookupError,
            TypeError, AttributeError, MemoryError)  # what decoders raise
 
 
 @contextmanager
 def opened(path, kind):
-    """A file opened by PyAV: its container and its streams of a kind, "audio" or "video".
+    """A file's container and its streams of a kind, "audio" or "video"; a cover is no video.
 
-    What fails while it is open is Unreadable. A cover picture is no video.
+    What fails while it is open is Unreadable.
     """
+    # a WAV is read to its end, whatever its header says; a playlist leads to no network
+    options = {"ignore_length": "1", "protocol_whitelist": "file"}
     try:
-        # ignore_length: a WAV's header may be wrong about it
-        with av.open(f"file:{path}", options={"ignore_length": "1"}) as container:
-            streams = [stream for stream in container.streams if stream.type == kind
-                       and stream.codec_context
-                       and not stream.disposition & av.stream.Disposition.attached_pic]
+        with av.open(f"file:{path}", options=options, metadata_errors="ignore") as container:
+            streams = []
+            for stream in container.streams:
+                cover = stream.disposition & av.stream.Disposition.attached_pic
+                if stream.type == kind and stream.codec_context and not cover:
+                    streams.append(stream)
             if not streams:
                 raise Unreadable(f"{path}: has no {'sound' if kind == 'audio' else 'pictures'}")
             yield container, streams
@@ -131,72 +132,78 @@ def decoded(container, stream):
             continue
 
 
-def channels_of(frame):
-    """A decoded stretch of sound -> (channels, n) float32 in [-1, 1]."""
+def first_channel(frame):
+    """The first channel (§3.2.2) of a decoded stretch of sound -> (n,) float32 in [-1, 1]."""
     samples = frame.to_ndarray()                            # (channels, n) or (1, n·channels)
-    if not frame.format.is_planar:
-        samples = samples.reshape(-1, frame.layout.nb_channels).T
-    if samples.dtype == np.uint8:
-        return (samples.astype(np.float32) - 128) / 128
-    if samples.dtype.kind == "i":
-        return samples.astype(np.float32) / (np.iinfo(samples.dtype).max + 1)
+    samples = samples[0] if frame.format.is_planar else samples[0, ::frame.layout.nb_channels]
+    if samples.dtype.kind != "f":  # bytes have no sign
+        samples = samples / 2 ** (8 * samples.itemsize - 1) - (samples.dtype.kind == "u")
     return samples.astype(np.float32)
 
 
-def header_is_right(path):
-    """Whether a WAV's or AIFF's header knows the file's size; FLAC's is tested by libsndfile."""
-    size = os.path.getsize(path)
+def is_whole_wav(path):
+    """Whether a file is a WAV of plain samples whose chunks end where the file does.
+
+    That of a writer into a pipe, or of a download that was cut off, doesn't.
+    """
+    size, at, plain = os.path.getsize(path), 12, False
     with open(path, "rb") as file:
-        kind, said = file.read(4), file.read(4)
-    order = {b"RIFF": "little", b"FORM": "big"}.get(kind)
-    if order:
-        return abs(8 + int.from_bytes(said, order) - size) <= 1
-    return kind == b"fLaC"
+        for _ in range(100 if file.read(4) == b"RIFF" else 0):
+            file.seek(at)
+            name, length = file.read(4), int.from_bytes(file.read(4), "little")
+            if name == b"fmt ":  # 1: integers, 3: floats, 0xfffe: either
+                plain = file.read(2) in (b"\1\0", b"\3\0", b"\xfe\xff")
+            at += 8 + length + length % 2
+            if at >= size:
+                return plain and at - size <= 1
+    return False
 
 
 def sound_blocks(path):
-    """A sound file from its beginning to its end: yields (rate in Hz, (channels, n) float32).
+    """A sound file's first channel from beginning to end: yields (rate in Hz, (n,) float32).
 
-    libsndfile reads WAV, FLAC and AIFF that know their length; FFmpeg decodes everything else, and
-    no header's length is believed. Raises Unreadable.
+    libsndfile reads WAVs that know their length; FFmpeg decodes everything else to its end, and no
+    header's length is believed. Raises Unreadable.
     """
     try:
-        if header_is_right(path):
+        if is_whole_wav(path):
             with soundfile.SoundFile(path) as file:
-                plain = file.subtype.startswith(("PCM", "FLOAT", "DOUBLE"))
-                if plain and 0 < file.frames < 2 ** 40:
-                    for block in file.blocks(2 ** 16, dtype="float32", always_2d=True):
-                        yield file.samplerate, block.T
-                    return
-    except (OSError, RuntimeError, TypeError, UnicodeError) as error:
-        if not os.path.isfile(path):
-            raise Unreadable(f"{path}: no such file") from None
-        if isinstance(error, OSError) and not os.access(path, os.R_OK):
-            raise Unreadable(f"{path}: {error}") from None
+                for block in file.blocks(2 ** 16, dtype="float32", always_2d=True):
+                    yield file.samplerate, block[:, 0]
+                return
+    except (OSError, RuntimeError) as error:
+        raise Unreadable(f"{path}: can't be read ({error})") from None
+    first = None
     with opened(path, "audio") as (container, streams):
         for frame in decoded(container, streams[0]):
-            yield frame.sample_rate, channels_of(frame)
+            first, block = first or frame.sample_rate, first_channel(frame)
+            if frame.sample_rate != first:  # two files in one, as `cat a.mp3 b.mp3` leaves them
+                block = resample(path, block, frame.sample_rate, first).numpy()
+            yield first, block
 
 
-def check_wave(path, wave, rate, others=0.0):
-    """Raises Unreadable where a waveform (S,) can't be heard; others: peak of other channels."""
+def resample(path, wave, rate, new_rate):
+    """A stretch of a file's sound, array (S,), at another rate in Hz -> tensor in [-1, 1].
+
+    Odd ratios are met to one in a thousand. Raises Unreadable.
+    """
     if not 1000 <= rate <= 1_000_000:
         raise Unreadable(f"{path}: says it has {rate} samples a second; is its header damaged?")
-    if len(wave) < 0.025 * rate:
-        raise Unreadable(f"{path}: {1000 * len(wave) / rate:.0f} ms of sound; needed are 25")
     if not np.isfinite(wave).all():
         raise Unreadable(f"{path}: holds NaN or infinite samples")
-    if wave.min() == wave.max():
-        more = "; another channel is not, but the first is heard (§3.2.2)" if others > 0 else ""
-        raise Unreadable(f"{path}: its first channel is silent{more}")
+    wave = torch.from_numpy(wave.copy())
+    if rate != new_rate:
+        ratio = Fraction(new_rate, rate).limit_denominator(1000)  # the filter grows with its terms
+        wave = torchaudio.functional.resample(wave, ratio.denominator, ratio.numerator)
+    return wave.clamp(-1, 1)
 
 
-def resample(wave, rate, new_rate):
-    """Waveform (S,) at another rate in Hz; odd ratios are met to one in a thousand."""
-    if rate == new_rate:
-        return wave
-    ratio = Fraction(new_rate, rate).limit_denominator(1000)  # the filter grows with its terms
-    return torchaudio.functional.resample(wave, ratio.denominator, ratio.numerator)
+def check_heard(path, samples, rate, silent):
+    """Raises Unreadable where a file's first channel, of so many samples, can't be heard."""
+    if samples < 0.025 * rate:
+        raise Unreadable(f"{path}: {1000 * samples / rate:.0f} ms of sound; needed are 25")
+    if silent:
+        raise Unreadable(f"{path}: its first channel, the one that is heard (§3.2.2), is silent")
 
 
 def load_audio(path, sample_rate, seconds=None):
@@ -204,17 +211,16 @@ def load_audio(path, sample_rate, seconds=None):
 
     Any format, rate and sample width; resampled to `sample_rate` Hz. Raises Unreadable.
     """
-    parts, length, others, rate = [], 0, 0.0, 16_000
+    parts, length, rate = [np.zeros(0, np.float32)], 0, sample_rate
     for rate, block in sound_blocks(path):
-        parts.append(block[0])
-        length += block.shape[1]
-        others = max(others, np.ptp(block[1:]) if len(block) > 1 and block.size else 0.0)
+        parts.append(block)
+        length += len(block)
         if seconds and length >= seconds * rate:
             break
-    wave = np.concatenate(parts) if parts else np.zeros(0, np.float32)
+    wave = np.concatenate(parts)                                                 # (S,)
     wave = wave[:math.ceil(seconds * rate)] if seconds else wave
-    check_wave(path, wave, rate, others)
-    return resample(torch.from_numpy(wave.copy()), rate, sample_rate).clamp(-1, 1)
+    check_heard(path, len(wave), rate, silent=len(wave) and np.ptp(wave) == 0)
+    return resample(path, wave, rate, sample_rate)
 
 
 def audio_windows(path, sample_rate, seconds):
@@ -223,47 +229,37 @@ def audio_windows(path, sample_rate, seconds):
     Windows of `seconds`, each half over the one before; the last one ends where the file ends. What
     is at most 2 % longer than a window is one. Raises Unreadable, at the end if all is silent.
     """
-    history, at, peak = np.zeros(0, np.float32), 0, 0.0  # at: samples before `history`
-    done = 0                                             # where the last window ended
+    parts, rate, silent = [np.zeros(0, np.float32)], sample_rate, True
+    begin, end, start = 0, 0, 0  # samples: of `parts`, and where the next window begins
     for rate, block in sound_blocks(path):
-        history = np.concatenate([history, block[0]])
-        peak = max(peak, float(np.ptp(block[0])) if block.size else 0.0)
-        size = round(seconds * rate)
-        start = done - size // 2 if done else 0
-        while at + len(history) > start + 1.02 * size:
-            wave = history[start - at:start - at + size]
-            yield start / rate, (start + size) / rate, window(path, wave, rate, sample_rate)
-            done, start = start + size, start + size - size // 2
-            keep = max(0, done - size - at)              # the last window may begin from here on
-            history, at = history[keep:], at + keep
-    end = at + len(history)
-    if not done:
-        check_wave(path, history, rate if len(history) else sample_rate)
-        yield 0.0, end / rate, window(path, history, rate, sample_rate)
+        parts.append(block)
+        end += len(block)
+        silent = silent and not block.any()
+        size = max(1, round(seconds * rate))
+        while end > start + 1.02 * size:
+            wave = np.concatenate(parts)[start - begin:]
+            heard = resample(path, wave[:size], rate, sample_rate)
+            yield start / rate, (start + size) / rate, heard
+            parts, begin = [wave], start  # the last window may begin before the next one
+            start += size - size // 2
+    wave = np.concatenate(parts)
+    if start > 0:
+        wave = wave[-size:]
     else:
-        start = max(at, end - size)
-        yield start / rate, end / rate, window(path, history[start - at:], rate, sample_rate)
-    if peak == 0:
-        raise Unreadable(f"{path}: its first channel is silent")
-
-
-def window(path, wave, rate, sample_rate):
-    """A window's samples (S,), at `sample_rate`. Raises Unreadable where they are not finite."""
-    if not np.isfinite(wave).all():
-        raise Unreadable(f"{path}: holds NaN or infinite samples")
-    return resample(torch.from_numpy(wave.copy()), rate, sample_rate).clamp(-1, 1)
+        check_heard(path, len(wave), rate, silent)
+    yield (end - len(wave)) / rate, end / rate, resample(path, wave, rate, sample_rate)
+    check_heard(path, end, rate, silent)
 
 
 # -------------------------------------------------------------------------------- filterbanks
-
 def frame_length_and_shift(sample_rate):
-    """Samples of a frame's window (25 ms) and from frame to frame (10 ms), rounded as Kaldi does."""
+    """Samples of a frame's window (25 ms) and between frames (10 ms), rounded as Kaldi does."""
     return int(sample_rate * 0.025), int(sample_rate * 0.010)
 
 
 @lru_cache
 def window_and_mel_bins(sample_rate, mels, device):
-    """Hanning window (25 ms,), FFT length, triangular mel bins (FFT bins, F) as Kaldi's; made once."""
+    """Hanning window (25 ms,), FFT length, triangular mel bins (FFT bins, F) as Kaldi's."""
     length, _ = frame_length_and_shift(sample_rate)
     fft = 2 ** math.ceil(math.log2(length))
     low = 1127 * math.log(1 + 20 / 700)                     # in mel; the bins reach from 20 Hz
@@ -339,8 +335,8 @@ class FrontEnd:
         """Padded waveforms (B, samples), lengths (B,) -> normalised filterbanks (B, 1, T, F)."""
         x = fbank(waves, self.sample_rate, self.mels)                            # (B, T, F)
         length, shift = frame_length_and_shift(self.sample_rate)
-        heard = 1 + (lengths - length) // shift                                  # (B,) frames
-        padding = torch.arange(self.frames, device=x.device) >= heard[:, None]   # (B, T)
+        own = 1 + (lengths - length) // shift                                    # (B,) frames
+        padding = torch.arange(self.frames, device=x.device) >= own[:, None]     # (B, T)
         # differs from the paper, which does not say: padded *before* normalising (authors' code)
         x = x.masked_fill(padding[:, :, None], 0.0)
         return ((x - self.mean) / self.std)[:, None]                             # (B, 1, T, F)
@@ -352,22 +348,17 @@ def mask(x, draws):
     x: (B, 1, T, F) normalised; draws: (B, 4) uniform in [0, 1): width and place of either band.
     """
     # differs from the paper, which masks "one-fifth" and "one-forth": up to (authors' code)
-    _, _, T, F = x.shape
-    in_time = band(T, T // 5, draws[:, 0], draws[:, 1])                          # (B, T)
-    in_frequency = band(F, F // 4, draws[:, 2], draws[:, 3])                     # (B, F)
-    return x.masked_fill(in_time[:, None, :, None] | in_frequency[:, None, None, :], 0.0)
-
-
-def band(size, widest, width, place):
-    """Which of `size` places lie in a band drawn by width and place, (B,) each -> (B, size)."""
-    width = (width * widest).floor()
-    start = (place * (size - width)).floor()
-    at = torch.arange(size, device=width.device)
-    return (at >= start[:, None]) & (at < (start + width)[:, None])
+    for axis, parts, at in ((2, 5, 0), (3, 4, 2)):
+        size = x.shape[axis]
+        width = (draws[:, at] * (size // parts)).floor()[:, None]                # (B, 1)
+        start = (draws[:, at + 1, None] * (size - width)).floor()
+        places = torch.arange(size, device=x.device)
+        band = (places >= start) & (places < start + width)                      # (B, size)
+        x = x.masked_fill(band[:, None, :, None] if axis == 2 else band[:, None, None], 0.0)
+    return x
 
 
 # ------------------------------------------------------------------------------------- images
-
 IMAGE_MEAN = np.array((0.48145466, 0.4578275, 0.40821073), np.float32)  # CLIP's
 IMAGE_STD = np.array((0.26862954, 0.26130258, 0.27577711), np.float32)
 
@@ -377,11 +368,10 @@ def preprocess_image(image, size=224):
     if image.mode.startswith("I;16"):  # 16-bit grey, which PIL would clip instead of scale
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     image = image.convert("RGB")
-    width, height = image.size
-    short = min(width, height)
-    image = image.resize((int(size * width / short), int(size * height / short)),
-                         Image.Resampling.BICUBIC)
-    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
+    short = min(image.size)
+    width, height = (int(size * side / short) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = round((width - size) / 2), round((height - size) / 2)
     image = image.crop((left, top, left + size, top + size))
     pixels = (np.asarray(image, np.float32) / 255 - IMAGE_MEAN) / IMAGE_STD      # (R, R, 3)
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()                # (3, R, R)
@@ -397,7 +387,6 @@ def load_image(path, size=224):
 
 
 # ----------------------------------------------------------------------------------- datasets
-
 @dataclass(frozen=True, slots=True)
 class Clip:
     """A clip of a dataset. Paths are joined with the dataset's folder."""
@@ -417,100 +406,94 @@ class Clip:
 
 AUDIO = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".m4a", ".aac", ".aif", ".aiff", ".aifc",
          ".wma", ".mka", ".au", ".caf", ".w64", ".amr", ".ac3", ".mp2", ".weba", ".spx")
-VIDEO = (".mp4", ".m4v", ".mkv", ".webm", ".mov", ".qt", ".avi", ".flv", ".f4v", ".3gp", ".3g2", ".ts",
-         ".m2ts", ".mts", ".mpg", ".mpeg", ".vob", ".wmv", ".asf", ".ogv")
-AUDIOSET_CLASSES = "class_labels_indices.csv"
-TABLES = {  # dataset -> its publisher's tables, by split
-    "audioset": {"train": "unbalanced_train_segments.csv", "val": "balanced_train_segments.csv",
-                 "test": "eval_segments.csv"},
-    "audiocaps": {"train": "train.csv", "val": "val.csv", "test": "test.csv"},
-    "vggsound": dict.fromkeys(("train", "val", "test"), "vggsound.csv"),
-    "clotho": {"train": "clotho_captions_development.csv", "val": "clotho_captions_validation.csv",
-               "test": "clotho_captions_evaluation.csv"},
-    "esc50": dict.fromkeys(("train", "val", "test"), "meta/esc50.csv"),
-    "us8k": dict.fromkeys(("train", "val", "test"), "metadata/UrbanSound8K.csv"),
+VIDEO = (".mp4", ".m4v", ".mkv", ".webm", ".mov", ".avi", ".flv", ".f4v", ".3gp", ".3g2", ".ts",
+         ".m2ts", ".mts", ".mpg", ".mpeg", ".vob", ".wmv", ".asf", ".ogv", ".qt")
+SPLITS = ("train", "val", "test")
+TABLES = {  # dataset -> its publisher's table of each split
+    "audioset": ("unbalanced_train_segments.csv", "balanced_train_segments.csv",
+                 "eval_segments.csv"),
+    "audiocaps": ("train.csv", "val.csv", "test.csv"),
+    "vggsound": ("vggsound.csv",) * 3,
+    "clotho": ("clotho_captions_development.csv", "clotho_captions_validation.csv",
+               "clotho_captions_evaluation.csv"),
+    "esc50": ("meta/esc50.csv",) * 3,
+    "us8k": ("metadata/UrbanSound8K.csv",) * 3,
 }
 SECONDS = {"audioset": 10, "audiocaps": 10, "vggsound": 10, "clotho": 10, "esc50": 5, "us8k": 4}
-HOW_TO_GET = {
-    "audioset": "AudioSet comes as ids: download the videos yourself, then python data.py extract "
-                "(README.md, 'Datasets'). To try without any download: python pretrain.py --data toy",
-    "audiocaps": "AudioCaps: train.csv, val.csv, test.csv from https://github.com/cdjkim/audiocaps, "
-                 "and its clips, into data/audiocaps",
-    "vggsound": "VGGSound: vggsound.csv and its clips (Loie/VGGSound on the Hugging Face hub), then "
-                "python data.py extract --segments data/vggsound/vggsound.csv --videos FOLDER",
-    "clotho": "Clotho: clotho_captions_evaluation.csv and clotho_audio_evaluation.7z, unpacked, from "
-              "https://zenodo.org/records/4783391 into data/clotho",
-    "esc50": "ESC-50: git clone https://github.com/karolpiczak/ESC-50 data/esc50",
-    "us8k": "UrbanSound8K: https://urbansounddataset.weebly.com, unpacked into data/us8k",
-    "mscoco": "MSCOCO: annotations_trainval2014.zip from https://cocodataset.org, unpacked into "
-              "data/mscoco",
-    "toy": "The toy world: python data.py toy",
-}
+SOURCES = {"audioset": "README.md, 'Datasets' (it comes as ids of videos); to try without any "
+                       "download: python pretrain.py --data toy",
+           "audiocaps": "https://github.com/cdjkim/audiocaps",
+           "vggsound": "https://huggingface.co/datasets/Loie/VGGSound, then data.py extract",
+           "clotho": "https://zenodo.org/records/4783391",
+           "esc50": "https://github.com/karolpiczak/ESC-50",
+           "us8k": "https://urbansounddataset.weebly.com",
+           "mscoco": "annotations_trainval2014.zip of https://cocodataset.org",
+           "toy": "python data.py toy"}
 
 
 def dataset_folder(place):
     """data/<place> for a dataset's name, else `place`. Raises FileNotFoundError (how to get it)."""
-    folder = Path("data") / place if place in HOW_TO_GET else Path(place)
+    folder = Path("data") / place if place in SOURCES else Path(place)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder. "
-                                f"{HOW_TO_GET.get(place, 'Point --data at one')}")
+        raise FileNotFoundError(f"{folder}: no such folder. {how_to_get(place)}")
     return folder
+
+
+def how_to_get(name):
+    """Where a dataset comes from, in a sentence."""
+    return f"Get {name}: {SOURCES[name]}" if name in SOURCES else "Give --data a name or a folder"
 
 
 def table_of(name, folder, split):
     """Path of the publisher's table of a split."""
-    folder = Path(folder)
-    inner = folder / "UrbanSound8K"  # the folder that unpacking makes
-    return (inner if name == "us8k" and inner.is_dir() else folder) / TABLES[name][split]
+    unpacked = Path(folder) / "UrbanSound8K"
+    folder = unpacked if name == "us8k" and unpacked.is_dir() else Path(folder)
+    return folder / TABLES[name][SPLITS.index(split)]
 
 
 def read_text(path):
     """A table's or an index's text. Raises FileNotFoundError, ValueError (not UTF-8)."""
     try:
-        raw = Path(path).read_bytes()
-        return raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        return Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file; it belongs to the dataset") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not text in UTF-8 ({error}); save it as that") from None
 
 
-def read_table(path, need, columns=None):
-    """Rows of a CSV -> [(line, {column: field})], fields stripped, lines of blanks left out.
+def read_table(path, make, need, header=True):
+    """make({column: field}) for each row of a CSV, fields stripped -> list.
 
-    need: columns that must be there and not empty; columns: their names where the file has no
-    header. Raises FileNotFoundError, ValueError (file, line, and what was found instead).
+    need: columns that must be there; all that are, where the file has no header. No field may be
+    empty. Raises FileNotFoundError, ValueError (file, line, what was found instead).
     """
-    text = read_text(path)
-    first = text.partition("\n")[0]
+    text, columns, made = read_text(path), None if header else need, []
     lines = csv.reader(text.splitlines(keepends=True), skipinitialspace=True,
-                       delimiter=max(",;\t", key=first.count))
-    rows = []
+                       delimiter=max(",;\t", key=text.partition("\n")[0].count))
     try:
         for fields in lines:
             fields = [field.strip() for field in fields]
-            if not any(fields) or columns and lines.line_num <= 3 and fields[0].startswith("#"):
-                continue  # AudioSet's tables begin with comments
+            if not any(fields) or not header and fields[0].startswith("#"):
+                continue
             if columns is None:
                 columns = [field.lower() for field in fields]
-                if missing := [column for column in need if column not in columns]:
-                    raise ValueError(f"no column {', '.join(missing)}; there are {fields}")
-                continue
-            row = dict(zip(columns, fields))
-            if len(fields) != len(columns) or not all(row[column] for column in need):
-                raise ValueError(f"needed are {', '.join(columns)}; found: {fields}. Fields with "
-                                 f"commas or line breaks belong in quotes, and none may be empty")
-            rows.append((lines.line_num, row))
+                if not set(need) <= set(columns):
+                    raise ValueError(f"needed are {', '.join(need)}; there are {fields}")
+            elif len(fields) == len(columns) and all(fields):
+                made.append(make(dict(zip(columns, fields))))
+            else:
+                raise ValueError(f"needed are {', '.join(columns)}; there are {fields}. Commas and "
+                                 f"line breaks belong in quotes, and no field may be empty")
     except (ValueError, csv.Error) as error:
         raise ValueError(f"{path}:{lines.line_num}: {error}") from None
-    if not rows:
+    if not made:
         raise ValueError(f"{path}: no rows in it")
-    return rows
+    return made
 
 
 def spelling(name):
-    """A file's name, the same for NFC and NFD, for endings of any case, for blanks around it."""
-    stem, ending = os.path.splitext(name.strip())
+    """A file's name, the same for NFC and NFD, endings of any case, any number of blanks."""
+    stem, ending = os.path.splitext(" ".join(name.split()))
     return unicodedata.normalize("NFC", stem) + ending.lower()
 
 
@@ -521,15 +504,12 @@ def spellings(folder):
 
 
 def inside(folder, name):
-    """Path of a file below a folder, however a table spells it. Raises ValueError (leads out)."""
-    name = name.replace("\\", "/")
-    if os.path.isabs(name) or ".." in name.split("/") or "\0" in name:
-        raise ValueError(f"{name!r} leads out of {folder}; put a link into that folder instead")
-    path = os.path.join(folder, name)
-    if not os.path.exists(path):
-        parent, base = os.path.split(path)
-        path = os.path.join(parent, spellings(parent).get(spelling(base), base))
-    return path
+    """Path of a file below a folder, however a table spells it."""
+    path = os.path.join(folder, name.replace("\\", "/"))
+    if os.path.exists(path):
+        return path
+    parent, base = os.path.split(path)
+    return os.path.join(parent, spellings(parent).get(spelling(base), base))
 
 
 def read_index(path, need=()):
@@ -537,43 +517,47 @@ def read_index(path, need=()):
 
     need: keys that every line must have besides "id". Raises FileNotFoundError, ValueError.
     """
-    path, clips = Path(path), []
+    path, clips = Path(path), {}
     names = class_names(path.parent)
     for number, line in enumerate(read_text(path).splitlines(), 1):
         try:
             if line.strip():
-                clips.append(clip_of_line(json.loads(line), path.parent, names, ("id", *need)))
-        except (ValueError, RecursionError) as error:  # json's is a ValueError
-            kind = "not a JSON object" if isinstance(error, json.JSONDecodeError) else "can't be used"
-            raise ValueError(f"{path}:{number}: {kind} ({error})") from None
+                clip = clip_of(json.loads(line), path.parent, names, need)
+                if clips.setdefault(clip.id, clip) is not clip:
+                    raise ValueError(f"a second clip with the id {clip.id}")
+        except (ValueError, TypeError, RecursionError) as error:  # json's is a ValueError
+            raise ValueError(f"{path}:{number}: not a clip's JSON object: {error}") from None
     if not clips:
         raise ValueError(f"{path}: no clips in it")
-    return clips
+    return list(clips.values())
 
 
-def clip_of_line(row, folder, names, need):
+def clip_of(row, folder, names, need):
     """A line of the index in `folder` -> Clip. Raises ValueError."""
     if not isinstance(row, dict):
         raise ValueError("each line is one {…}")
-    keys = sorted(row)
-    if "dir" in row:  # the authors': {dir}/aclip/{id}.{aclip}, {dir}/frame/{id}.{frame}
-        sounds, frames = row.get("aclip") or row.get("clip") or [], row.get("frame") or []
-        sounds, frames = ([x] if isinstance(x, str) else x for x in (sounds, frames))
-        row = row | {"audio": "".join(f"{row['dir']}/aclip/{row.get('id')}.{x}" for x in sounds[:1]),
-                     "frames": [f"{row['dir']}/frame/{row.get('id')}.{x}" for x in frames]}
-    missing = [key for key in need if row.get(key) in (None, "", [])]
-    if missing:
-        raise ValueError(f"lacks {', '.join(missing)}; has {', '.join(keys)}")
-    for key in ("frames", "labels", "captions"):
+    keys, lists = ", ".join(sorted(row)), {}
+    for key in ("audio", "frames", "labels", "captions", "aclip", "frame"):
         value = row.get(key) or []
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        lists[key] = [value] if isinstance(value, str) else value
+        if not isinstance(lists[key], list) or not all(isinstance(x, str) for x in lists[key]):
             raise ValueError(f"{key} must be a list of strings")
-    if not isinstance(row.get("audio", ""), str):
-        raise ValueError("audio must be a string")
-    frames = tuple(inside(folder, frame) for frame in row.get("frames") or [])
-    labels = tuple(names.get(label, label) for label in row.get("labels") or [])
-    audio = inside(folder, row["audio"]) if row.get("audio") else ""
-    return Clip(str(row["id"]), audio, frames, labels, tuple(row.get("captions") or []))
+    if "dir" in row:  # the authors' form
+        place = f"{row['dir']}/{{}}/{row.get('id')}.{{}}"
+        lists["audio"] = [place.format("aclip", ending) for ending in lists["aclip"]]
+        lists["frames"] = [place.format("frame", ending) for ending in lists["frame"]]
+    missing = [key for key in need if not lists[key]]
+    if missing or row.get("id") in (None, ""):
+        raise ValueError(f"lacks {', '.join(missing or ['id'])}; has {keys}")
+    audio = inside(folder, lists["audio"][0]) if lists["audio"] else ""
+    frames = tuple(inside(folder, frame) for frame in lists["frames"])
+    labels = tuple(names.get(label, label) for label in lists["labels"])
+    return Clip(str(row["id"]), audio, frames, labels, tuple(lists["captions"]),
+                int(row.get("fold") or 0))
+
+
+COLUMNS = {"clotho": ("file_name", *(f"caption_{i}" for i in range(1, 6))),
+           "esc50": ("filename", "category", "fold"), "us8k": ("slice_file_name", "class", "fold")}
 
 
 def read_split(name, folder, split="test", need=()):
@@ -587,55 +571,47 @@ def read_split(name, folder, split="test", need=()):
         return read_index(index, need)
     table = table_of(name, folder, split) if name in TABLES else index
     if not table.exists():
-        raise FileNotFoundError(f"{folder}: holds neither {index.name} nor "
-                                f"{table.relative_to(folder)}. {HOW_TO_GET.get(name, '')}")
-    if name in ("audioset", "audiocaps", "vggsound"):
+        raise FileNotFoundError(f"{folder}: neither {index.name} nor {table.name} is there. "
+                                f"{how_to_get(name)}")
+    if name not in COLUMNS:
         return read_youtube(table, split)
-    clips = []
-    for _, row in read_table(table, NEEDED[name]):
+    columns = COLUMNS[name]
+
+    def clip_of_row(row):
+        sound = row[columns[0]]
         if name == "clotho":
             sounds = folder / table.stem.removeprefix("clotho_captions_")
-            captions = tuple(" ".join(row[f"caption_{i}"].split()) for i in range(1, 6))
-            name_of = row["file_name"]
-            clips.append(Clip(name_of, inside(sounds, name_of), captions=captions))
-            continue
-        sound = row["filename"] if name == "esc50" else f"fold{row['fold']}/{row['slice_file_name']}"
-        label = row["category" if name == "esc50" else "class"].replace("_", " ")
-        clips.append(Clip(os.path.basename(sound), inside(table.parent.parent / "audio", sound),
-                          labels=(label,), fold=int(row["fold"]) if row["fold"].isdigit() else 0,
-                          easy=row.get("esc10") == "True"))
-    return clips
+            return Clip(sound, inside(sounds, sound), captions=tuple(row[x] for x in columns[1:]))
+        sounds = table.parent.parent / "audio" / (f"fold{row['fold']}" if name == "us8k" else "")
+        return Clip(sound, inside(sounds, sound), labels=(row[columns[1]].replace("_", " "),),
+                    fold=int(row["fold"]), easy=row.get("esc10") == "True")
 
-
-NEEDED = {"clotho": ("file_name", *(f"caption_{i}" for i in range(1, 6))),
-          "esc50": ("filename", "fold", "category"), "us8k": ("slice_file_name", "fold", "class")}
+    return read_table(table, clip_of_row, columns)
 
 
 def read_coco_captions(folder, split):
     """MSCOCO 2014's captions of a split (train, val) -> list of str."""
     name = f"captions_{split}2014.json"
-    path = next(iter(find_files(folder, (name,))), None)
-    if not path:
-        raise FileNotFoundError(f"{folder}: no {name} in it. {HOW_TO_GET['mscoco']}")
-    try:
-        rows = json.loads(read_text(path))["annotations"]
-        return [" ".join(row["caption"].split()) for row in rows]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: not MSCOCO's captions ({error})") from None
+    for path in find_files(folder, (name,)):
+        try:
+            rows = json.loads(read_text(path))["annotations"]
+            return [" ".join(row["caption"].split()) for row in rows]
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path}: not MSCOCO's captions ({error})") from None
+    raise FileNotFoundError(f"{folder}: no {name} in it. {how_to_get('mscoco')}")
 
 
 # AudioSet, AudioCaps and VGGSound come as YouTube's ids; what is on disk is named after them.
-
-@dataclass(frozen=True, slots=True)
+@dataclass
 class Segment:
-    """A stretch of a video, as a table lists it or as a user's own video is cut."""
+    """A stretch of a video, as a table lists it; without an end all of a user's own video."""
     video: str
-    start: float            # seconds
-    end: float
-    labels: tuple = ()
-    captions: tuple = ()
-    split: str = ""
-    numbers: tuple = ()     # AudioCaps' own ids
+    start: float = 0.0      # seconds
+    end: float = 0.0
+    split: str = ""         # VGGSound's table has two
+    labels: list = field(default_factory=list)
+    captions: list = field(default_factory=list)
+    numbers: list = field(default_factory=list)  # AudioCaps' own ids
 
     @property
     def id(self):
@@ -644,31 +620,30 @@ class Segment:
 
 def read_segments(path):
     """AudioSet's tables (which begin with #), VGGSound's, AudioCaps' -> list of Segment."""
-    path = Path(path)
-    if path.name == "vggsound.csv":
-        columns = ["youtube_id", "start_time", "label", "split"]
+    columns, segments = ("youtube_id", "start_time", "caption"), {}
+    if Path(path).name == "vggsound.csv":
+        columns = ("youtube_id", "start_time", "label", "split")
     elif read_text(path).startswith("#"):
-        columns = ["youtube_id", "start_time", "end_time", "positive_labels"]
-    else:
-        columns = None
-    segments = {}
-    for line, row in read_table(path, columns or ("youtube_id", "start_time", "caption"), columns):
-        try:
-            start = float(row["start_time"])
-            segment = Segment(row["youtube_id"], start, float(row.get("end_time") or start + 10))
-            if not re.fullmatch(r"[\w-]{11}", segment.video, re.ASCII):
-                raise ValueError(f"{segment.video!r} is no id of a YouTube video")
-            if not (segment.start >= 0 and 0.025 <= segment.end - segment.start <= 3600):
-                raise ValueError(f"{start:g} to {segment.end:g} s is no stretch to cut out")
-        except ValueError as error:
-            raise ValueError(f"{path}:{line}: {error}") from None
-        known = segments.get(segment.id, segment)
-        labels = row.get("positive_labels", "").split(",") if "positive_labels" in row else ()
-        segments[segment.id] = replace(
-            known, labels=(row["label"],) if "label" in row else tuple(filter(None, labels)),
-            split=row.get("split", ""),
-            captions=(*known.captions, " ".join(row["caption"].split())) if "caption" in row else (),
-            numbers=known.numbers + ((row["audiocap_id"],) if "audiocap_id" in row else ()))
+        columns = ("youtube_id", "start_time", "end_time", "positive_labels")
+
+    def add(row):
+        video, start = row["youtube_id"], float(row["start_time"])
+        end = float(row.get("end_time", start + 10))
+        if not re.fullmatch(r"[\w-]{11}", video, re.ASCII):
+            raise ValueError(f"{video!r} is no id of a YouTube video")
+        if not (start >= 0 and 0.025 <= end - start <= 3600):
+            raise ValueError(f"{start:g} to {end:g} s is no stretch to cut out")
+        segment = Segment(video, start, end, row.get("split", ""))
+        segment = segments.setdefault(segment.id, segment)
+        if "caption" in row:  # AudioCaps, a row a caption
+            segment.captions.append(" ".join(row["caption"].split()))
+            segment.numbers.append(row.get("audiocap_id"))
+        elif "label" in row:
+            segment.labels = [row["label"]]
+        else:
+            segment.labels = [mid.strip() for mid in row["positive_labels"].split(",")]
+
+    read_table(path, add, columns, header="caption" in columns)
     return list(segments.values())
 
 
@@ -685,22 +660,18 @@ def find_files(folder, endings):
     return sorted(found)
 
 
-YOUTUBE_NAMES = (  # {id}, Y{id}, {id}_{start}, {id}_{start}_{end}, …; Title [{id}], Title-{id}
-    re.compile(r"Y?(?P<id>[\w-]{11})(?P<rest>(?:[ _.,-]+\d+)*)", re.ASCII),
-    re.compile(r".*[\[-](?P<id>[\w-]{11})\]?(?P<rest>)"))
+# {id}, Y{id}, {id}_{start}, {id}_{start}_{end}, …, Title [{id}], Title-{id}; yt-dlp adds .f137
+YOUTUBE_NAME = re.compile(r"(?:Y?|.*[-\[])([\w-]{11})(\]?|(?:[ _.,-]+\d+)*)(?:\.f\d+)?", re.ASCII)
 
 
-def by_name(paths):
-    """Files by what they may be named after, a YouTube id or a number -> {name: [(rest, path)]}."""
+def by_video(paths):
+    """Files by the video, or the number, that they are named after -> {name: [(rest, path)]}."""
     files = {}
     for path in paths:
-        stem = re.sub(r"\.f\d+$", "", os.path.splitext(os.path.basename(path))[0])  # yt-dlp's
-        names = {(stem, "")}
-        for pattern in YOUTUBE_NAMES:
-            if found := pattern.fullmatch(stem):
-                names.add((found["id"], found["rest"]))
-        for name, rest in names:
-            files.setdefault(name, []).append((rest, path))
+        stem = os.path.splitext(os.path.basename(path))[0]
+        found = YOUTUBE_NAME.fullmatch(stem)
+        name, rest = found.groups() if found else (stem, "")
+        files.setdefault(name, []).append((rest, path))
     return files
 
 
@@ -709,48 +680,54 @@ def files_of(segment, files):
 
     Those with its start in the name, in seconds or milliseconds; then those named by the id alone.
     """
-    found = [(True, path) for number in segment.numbers for _, path in files.get(number, ())]
+    found = {(True, path) for number in segment.numbers for _, path in files.get(number, ())}
     for rest, path in files.get(segment.video, ()):
-        numbers = re.findall(r"\d+(?:[.,]\d+)?|\d+", rest)
-        first = {float(numbers[0].replace(",", ".")), float(re.split("[.,]", numbers[0])[0])} \
-            if numbers else set()
-        if not numbers or first & {segment.start, 1000 * segment.start}:
-            found.append((bool(numbers), path))
-    videos_first = sorted(found, key=lambda file: (not file[0], file[1].lower().endswith(AUDIO), file[1]))
-    return list(dict.fromkeys(videos_first))
+        start = re.search(r"\d+", rest)
+        if not start or int(start[0]) in (int(segment.start), int(1000 * segment.start)):
+            found.add((bool(start), path))
+    # videos before sounds of the same name
+    return sorted(found, key=lambda file: (not file[0], file[1].lower().endswith(AUDIO), file[1]))
+
+
+AUDIOSET_CLASSES = "class_labels_indices.csv"
 
 
 def class_names(folder):
     """AudioSet's classes {mid: name}, in the order of its table; {} where `folder` lacks that."""
     table = Path(folder) / AUDIOSET_CLASSES
-    rows = read_table(table, ("index", "mid", "display_name")) if table.exists() else []
-    return {row["mid"]: row["display_name"] for _, row in rows}
+    if not table.exists():
+        return {}
+    columns = ("index", "mid", "display_name")
+    return dict(read_table(table, lambda row: (row["mid"], row["display_name"]), columns))
 
 
 def labels_of(clips, folder):
     """Labels in AudioSet's order where `folder` holds its classes, else the clips' own, sorted."""
-    used, known = {label for clip in clips for label in clip.labels}, class_names(folder).values()
-    if known and (strange := used - set(known)):
-        raise ValueError(f"{folder}: a clip's label {min(strange)!r} is not in {AUDIOSET_CLASSES}")
-    return list(known) or sorted(used)
+    used = {label for clip in clips for label in clip.labels}
+    known = list(class_names(folder).values())
+    if known and used - set(known):
+        raise ValueError(f"{folder}: a clip's label {min(used - set(known))!r} is not in "
+                         f"{AUDIOSET_CLASSES}")
+    return known or sorted(used)
 
 
 def read_youtube(table, split):
     """A published table, with the sounds found below its folder -> list of Clip."""
-    files, names = by_name(find_files(table.parent, AUDIO)), class_names(table.parent)
+    files, names = by_video(find_files(table.parent, AUDIO)), class_names(table.parent)
     clips = []
     for segment in read_segments(table):
         if segment.split in ("", split):
             found = files_of(segment, files)
+            audio = found[0][1] if found else ""
             labels = tuple(names.get(mid, mid) for mid in segment.labels)
-            clips.append(Clip(segment.id, found[0][1] if found else "", (), labels, segment.captions))
+            clips.append(Clip(segment.id, audio, (), labels, tuple(segment.captions)))
     return clips
 
 
 def add_labels(clips, folder):
     """AudioCaps' clips with the labels that AudioSet, whose tables are in `folder`, gives them."""
     names, labels = class_names(folder), {}
-    for table in TABLES["audioset"].values():
+    for table in TABLES["audioset"]:
         if (Path(folder) / table).exists():
             for segment in read_segments(Path(folder) / table):
                 labels[segment.video] = tuple(names.get(mid, mid) for mid in segment.labels)
@@ -763,277 +740,263 @@ def held_out_by_audiocaps(clips, tables, folder):
     tables: folder of AudioCaps' tables. Where they are missing, clips of `folder` are refused if
     it is AudioSet's or VGGSound's (it holds their tables); one's own videos have none to fear.
     """
-    paths = [Path(tables) / f"{split}.csv" for split in ("val", "test")]
-    if not all(path.exists() for path in paths):
-        published = [table for name in ("audioset", "vggsound") for table in TABLES[name].values()]
-        if any((Path(folder) / table).exists() for table in published):
+    paths = [Path(tables) / "val.csv", Path(tables) / "test.csv"]
+    if all(path.exists() for path in paths):
+        videos = {segment.video for path in paths for segment in read_segments(path)}
+        return [clip.id[:11] in videos for clip in clips]
+    for table in TABLES["audioset"] + TABLES["vggsound"]:
+        if (Path(folder) / table).exists():
             raise FileNotFoundError(f"{tables}: no val.csv and test.csv, so what AudioCaps tests "
-                                    f"can't be left out of training. {HOW_TO_GET['audiocaps']}; or "
+                                    f"can't be left out of training. {how_to_get('audiocaps')}; or "
                                     f"--leave-out none")
-        return [False] * len(clips)
-    videos = {segment.video for path in paths for segment in read_segments(path)}
-    return [clip.id[:11] in videos for clip in clips]
+    return [False] * len(clips)
 
 
-# ------------------------------------------------------------------------- videos to clips
-
-SLACK = 0.5  # seconds that a video may lack: tables are in whole seconds, videos are not
+# ----------------------------------------------------------------------------- videos to clips
+SLACK = 0.5       # seconds that a video may lack: tables are in whole seconds, videos are not
+FRAME_SIDE = 224  # pixels, the shorter side of a frame: CLIP sees no more
 
 
 def frames_from(path, kind, start, track=0):
-    """Decoded frames of a file from `start` (s from its beginning) or before on: (seconds, frame).
+    """A track's decoded frames from `start` (s from the file's beginning) or before on.
 
-    Seeks to before it. Where nothing comes then, or too late, from the beginning without a seek.
+    Yields (seconds, frame). Seeks to before it; where nothing comes then, or too late, the file is
+    decoded from its beginning. Raises Unreadable.
     """
-    for seeks in (True, False):
+    for seek in (True, False):
         with opened(path, kind) as (container, streams):
-            zero, came = (container.start_time or 0) / av.time_base, False
-            if seeks:
-                container.seek(max(0, int((start + zero) * av.time_base)))
+            zero = (container.start_time or 0) / av.time_base
+            if seek:
+                try:
+                    container.seek(max(0, int((start + zero) * av.time_base)))
+                except av.FFmpegError:
+                    continue
+            begun = False
             for frame in decoded(container, streams[track]):
                 if frame.time is None:
                     continue
-                if seeks and not came and (frame.time - zero > start or kind == "video"
-                                           and not frame.key_frame):  # too late, or not whole
-                    if frame.time - zero > start:
-                        break
-                    continue
-                came = True
-                yield frame.time - zero, frame
-            if came:
+                seconds = frame.time - zero
+                if seek and not begun and seconds > start:
+                    break
+                if seek and not begun and kind == "video" and not frame.key_frame:
+                    continue  # what comes before a key frame is not whole
+                begun = True
+                yield seconds, frame
+            if begun:
                 return
 
 
 def cut_audio(path, start, end, sample_rate):
-    """First channel of `start` to `end` (s) of a video or sound file -> (S,) float32.
+    """First channel of `start` to `end` (s) of a video or sound file -> (S,) float32 tensor.
 
-    Of several sound tracks the first that is not silent. Raises Unreadable.
+    Frames lie where their time stamps say. Of several sound tracks the first that is not silent.
+    Raises Unreadable.
     """
     with opened(path, "audio") as (_, streams):
         tracks = len(streams)
     for track in range(tracks):
-        wave, rate = cut_track(path, start, end, track)
-        if np.ptp(wave) > 0:
+        wave = None
+        for seconds, frame in frames_from(path, "audio", max(0, start - 1), track):  # a run-up
+            rate, samples = frame.sample_rate, first_channel(frame)
+            due = round((seconds - start) * rate)
+            if wave is None:
+                wave = np.zeros(round((end - start) * rate), np.float32)             # (S,)
+                at, covered = due, max(0, due)  # a track that sets in late is silent before
+            if abs(due - at) > 0.02 * rate:  # else its stamps are in whole milliseconds
+                at = due
+            place = wave[max(0, at):max(0, at + len(samples))]
+            place[:] = samples[max(0, -at):][:len(place)]
+            covered += len(place)
+            at += len(samples)
+            if at >= len(wave):
+                break
+        if wave is None or covered < len(wave) - SLACK * rate:
+            raise Unreadable(f"{path}: its sound ends before {end:g} s")
+        if wave.any():
             break
-    check_wave(path, wave, rate)
-    return resample(torch.from_numpy(wave), rate, sample_rate)
+    check_heard(path, len(wave), rate, silent=np.ptp(wave) == 0)
+    return resample(path, wave, rate, sample_rate)
 
 
-def cut_track(path, start, end, track):
-    """A sound track's first channel from `start` to `end` -> (S,) float32, its rate in Hz."""
-    wave, covered, at = None, 0, None
-    for seconds, frame in frames_from(path, "audio", max(0, start - 1), track):  # codecs' run-up
-        rate, samples = frame.sample_rate, channels_of(frame)[0]
-        if wave is None:
-            wave = np.zeros(round((end - start) * rate), np.float32)
-            covered = max(0, round((seconds - start) * rate))  # before it sets in, it is silent
-        due = round((seconds - start) * rate)
-        at = due if at is None or abs(due - at) > 0.02 * rate else at  # stamps may be in whole ms
-        first, last = max(at, 0), min(at + len(samples), len(wave))
-        if last > first:
-            wave[first:last] = samples[first - at:last - at]
-            covered += last - first
-        at += len(samples)
-        if at >= len(wave):
-            break
-    if wave is None or covered < len(wave) - SLACK * rate:
-        heard = 0 if wave is None else covered / rate
-        raise Unreadable(f"{path}: has {heard:.1f} s of sound between {start:g} and {end:g} s")
-    return wave, rate
-
-
-def cut_frames(path, times, side):
+def cut_frames(path, times):
     """The pictures shown at these times (s, ascending) -> list of PIL images, upright.
 
-    Shorter side at most `side` pixels. Raises Unreadable where a picture is missing; one that comes
-    up to half a second late will do.
+    Raises Unreadable where one is missing; the first may be late, the last over, by SLACK.
     """
-    times, images, last, since = list(times), [], None, 0.0
+    images, last, since = [], None, 0.0
     for seconds, frame in frames_from(path, "video", times[0]):
-        while times and seconds > times[0] + 0.002:  # until then the last one was shown
+        while len(images) < len(times) and seconds > times[len(images)] + 0.002:  # stamps in ms
             if last is None and seconds > times[0] + SLACK:
-                break
-            images.append(upright(last or frame, side))
-            del times[0]
-        if not times or (last is None and seconds > times[0] + SLACK):
-            break
+                raise Unreadable(f"{path}: its first picture comes at {seconds:.1f} s")
+            images.append(upright(last or frame))  # the last one is shown until this one
+        if len(images) == len(times):
+            return images
         last, since = frame, seconds
-    if last is not None:  # the last one stays for a while
-        stays = since + max(SLACK, float((last.duration or 0) * last.time_base))
-        images += [upright(last, side) for at in times if at <= stays]
-        times = [at for at in times if at > stays]
-    if times:
-        raise Unreadable(f"{path}: has no picture at {times[0]:.1f} s")
-    return images
+    stays = max(SLACK, float((last.duration or 0) * last.time_base)) if last else 0
+    if last is None or times[-1] > since + stays:
+        raise Unreadable(f"{path}: has no picture at {times[-1]:.1f} s")
+    return images + [upright(last)] * (len(times) - len(images))
 
 
-def upright(frame, side):
-    """A decoded picture turned as its file says -> PIL image, shorter side at most `side`."""
-    image = frame.to_image()
-    if frame.rotation:
-        image = image.rotate(frame.rotation, expand=True)
-    factor = min(1, side / min(image.size)) if side else 1
-    return image.resize([round(length * factor) for length in image.size],
-                        Image.Resampling.BICUBIC)
+def upright(frame):
+    """A decoded picture, turned as its file says -> PIL image, no larger than CLIP needs it."""
+    image = frame.to_image().rotate(frame.rotation, expand=True)
+    factor = min(1, FRAME_SIDE / min(image.size))
+    size = [round(length * factor) for length in image.size]
+    return image.resize(size, Image.Resampling.BICUBIC)
 
 
-def own_pieces(folder):
-    """A folder of videos in pieces of 10 s, a last one of 5 s or more -> [(Segment, files)]."""
+def own_videos(folder):
+    """A folder's videos, with their sound if that is another file -> [(Segment, files)]."""
+    videos = {}
+    for path in find_files(folder, VIDEO) + find_files(folder, AUDIO):
+        stem = os.path.splitext(os.path.relpath(path, folder))[0]
+        name = re.sub(r"\.f\d+$", "", stem).replace("/", "_")  # yt-dlp's .f137 goes
+        if len(os.fsencode(name)) > 200:  # for a clip's file name
+            name = f"{by_hash(name):x}"
+        videos.setdefault(name, []).append((False, path))
+    return [(Segment(name, split="train"), files) for name, files in videos.items()
+            if files[0][1].lower().endswith(VIDEO)]
+
+
+def pieces_of(segment, files):
+    """A whole video in pieces of 10 s, a last one of 5 s or more -> list of Segment."""
+    length = 10.0  # of what can't be read, so that a piece says why
+    with suppress(Unreadable), opened(files[0][1], "video") as (container, streams):
+        ends = [float((packet.pts + (packet.duration or 0)) * packet.time_base)
+                for packet in container.demux(streams[0]) if packet.pts is not None]
+        length = max(ends) - (container.start_time or 0) / av.time_base  # no header is believed
     pieces = []
-    for path in find_files(folder, VIDEO):
-        name = os.path.splitext(os.path.relpath(path, folder))[0].replace("/", "_")
-        try:
-            with opened(path, "video") as (container, streams):
-                length = (container.duration or 0) / av.time_base
-                if not length:  # as a recorder leaves it that writes into a pipe
-                    times = [packet.pts * packet.time_base for packet in container.demux(streams[0])
-                             if packet.pts is not None]
-                    length = float(max(times) - min(times))
-        except Unreadable:
-            length = 10.0  # the piece that says why it can't be read
-        for start in range(0, max(1, int(length + 5) // 10) * 10, 10):
-            segment = Segment(name, float(start), max(start + 5.0, min(start + 10.0, length)))
-            pieces.append((segment, [(False, path)]))
+    for start in range(0, max(1, int(length + 5) // 10) * 10, 10):
+        end = max(start + 5.0, min(start + 10.0, length))
+        pieces.append(replace(segment, start=start, end=end))
     return pieces
 
 
-@dataclass(frozen=True)
-class Extraction:
-    """Cuts segments out of their videos: audio/xx/{id}.wav, frames/xx/{id}_1.jpg … 4 in `out`."""
-    out: Path
-    sample_rate: int    # Hz
-    side: int           # pixels of a frame's shorter side, 0: as it is
+def cut_clips(job, out, sample_rate):
+    """Cut (segment, its files) out -> [(segment, status, reason, index row)]."""
+    segment, files = job
+    pieces = [segment] if segment.end else pieces_of(segment, files)
+    return [(piece, *cut_clip(piece, files, out, sample_rate)) for piece in pieces]
 
-    def paths(self, segment):
-        """Where a segment's files go, relative to `out`. 4,000 folders share two million clips."""
-        place = f"{segment.video[:2]}/{segment.id}"
-        return f"audio/{place}.wav", [f"frames/{place}_{i}.jpg" for i in range(1, 5)]
 
-    def __call__(self, job):
-        """(segment, its files) -> (status, reason): done, no pictures, unreadable or missing."""
-        segment, files = job
-        audio, frames = self.paths(segment)
-        if (self.out / frames[-1]).exists():  # which is written last
-            if soundfile.info(self.out / audio).samplerate == self.sample_rate:
-                return "done", ""
-        status, reasons = "missing", [f"no file named after {segment.video}"]
-        wave = images = None
-        for begins_there, path in files:
-            offset = segment.start if begins_there else 0.0
-            start, end = segment.start - offset, segment.end - offset
+def cut_clip(segment, files, out, sample_rate):
+    """Cut a segment out of its files: audio/xx/{id}.wav, frames/xx/{id}_1.jpg … 4 below `out`.
+
+    Returns status (done, no pictures, unreadable, missing), reason, index row.
+    """
+    place = f"{segment.video[:2]}/{segment.id}"  # 4,000 folders share two million clips
+    audio, frames = f"audio/{place}.wav", [f"frames/{place}_{i}.jpg" for i in range(1, 5)]
+    if (out / frames[-1]).exists():  # which is written last
+        return "done", "", {"audio": audio, "frames": frames}
+    if not files:
+        return "missing", f"no file is named after {segment.video}", {}
+    found, reasons = {}, {}
+    for begins_there, path in files:
+        start = 0.0 if begins_there else segment.start
+        end = start + segment.end - segment.start
+        times = [start + i * (end - start) / 3 for i in range(4)]  # equally spaced (§3.2.2)
+        cuts = {"sound": partial(cut_audio, path, start, end, sample_rate),
+                "pictures": partial(cut_frames, path, times)}
+        for kind, cut in cuts.items():
             try:
-                if wave is None:
-                    wave = cut_audio(path, start, end, self.sample_rate)
+                found[kind] = found[kind] if kind in found else cut()
             except Unreadable as error:
-                reasons.append(str(error))
-            try:
-                if images is None:  # 4 equally spaced (§3.2.2), both ends included
-                    times = [start + i * (end - start) / 3 for i in range(4)]
-                    images = cut_frames(path, times, self.side)
-            except Unreadable as error:
-                reasons.append(str(error))
-        if files:
-            status = "unreadable" if wave is None else "no pictures" if images is None else "done"
-            reasons = reasons[1:]
-        if wave is not None:
-            write_whole(self.out / audio, lambda part: soundfile.write(
-                part, wave.clamp(-1, 1).numpy(), self.sample_rate, "PCM_16"))
-            for name, image in zip(frames, images or []):
-                write_whole(self.out / name, partial(image.save, format="JPEG", quality=95))
-        return status, "" if status == "done" else "; ".join(reasons)
+                reasons[str(error)] = True
+    reason = "; ".join(reasons)
+    if "sound" not in found:
+        return "unreadable", reason, {}
+    write_whole(out / audio, partial(soundfile.write, data=found["sound"].numpy(),
+                                     samplerate=sample_rate, subtype="PCM_16"))
+    if "pictures" not in found:
+        return "no pictures", reason, {"audio": audio}
+    for frame, image in zip(frames, found["pictures"]):
+        write_whole(out / frame, partial(image.save, quality=95))
+    return "done", "", {"audio": audio, "frames": frames}
 
 
-def validates(video):
-    """Whether a video of a set without validation validates: one in fifty, by its name's hash."""
-    return int(hashlib.sha256(video.encode("utf-8", "replace")).hexdigest(), 16) % 50 == 0
+def by_hash(name):
+    """A number that follows from a video's name alone."""
+    return int(hashlib.sha256(os.fsencode(name)).hexdigest(), 16)
 
 
-def extract(table, videos, out, sample_rate=FrontEnd.sample_rate, side=224, workers=2):
+def extract(table, videos, out, sample_rate=FrontEnd.sample_rate, workers=2):
     """Cut a table's segments, or without a table pieces of 10 s, out of the videos in a folder.
 
-    Leaves <split>.jsonl and <split>_report.csv (a line a segment: id, status, reason) in `out`.
-    Called again it goes on. Raises FileNotFoundError, ValueError (nothing found).
+    Leaves <split>.jsonl and <table>_report.csv in `out`; called again it goes on. Raises
+    FileNotFoundError, ValueError (nothing found).
     """
     out = Path(out)
     if not Path(videos).is_dir():
         raise FileNotFoundError(f"{videos}: no such folder; --videos names the one with the videos")
+    names, stem = {}, "train"
     if table:
-        files = by_name(find_files(videos, VIDEO + AUDIO))
+        files = by_video(find_files(videos, VIDEO + AUDIO))
         jobs = [(segment, files_of(segment, files)) for segment in read_segments(table)]
-        names = class_names(Path(table).parent)
-        by_table = {name: split for split, name in TABLES["audioset"].items()}
-        default = by_table.get(Path(table).name, Path(table).stem)
+        names, stem = class_names(Path(table).parent), Path(table).stem
     else:
-        jobs, names, default = own_pieces(videos), {}, "train"
-    splits = []
-    for segment, _ in jobs:
-        split = segment.split or default
-        own_validation = segment.split == "train" or not table
-        splits.append("val" if own_validation and validates(segment.video) else split)
-    if not table and "val" not in splits and len({segment.video for segment, _ in jobs}) > 1:
-        first = jobs[0][0].video  # few videos: one of them validates
-        splits = ["val" if segment.video == first else "train" for segment, _ in jobs]
-    cut, counts = Extraction(out, sample_rate, side), Counter()
-    indexes, reports = {split: [] for split in splits}, {split: [] for split in splits}
-    found = sum(bool(files) for _, files in jobs)
-    bar = tqdm(in_processes(cut, jobs, workers), unit=" clips", desc=f"{found} of {len(jobs)} found")
-    for (status, reason), (segment, _), split in zip(bar, jobs, splits):
-        counts[status] += 1
-        reports[split].append((segment.id, status, reason))
-        if status == "unreadable":
-            bar.write(f"skipped: {reason}", file=sys.stderr)
-        if status in ("done", "no pictures"):
-            audio, frames = cut.paths(segment)
-            row = {"id": segment.id, "audio": audio, "frames": frames if status == "done" else [],
-                   "labels": [names.get(mid, mid) for mid in segment.labels],
-                   "captions": segment.captions}
-            row = {key: value for key, value in row.items() if value}
-            indexes[split].append(json.dumps(row, ensure_ascii=False) + "\n")
-    for split in indexes:
-        with open(out / f"{split}_report.csv", "w", newline="", errors="backslashreplace") as file:
-            csv.writer(file).writerows([("id", "status", "reason"), *reports[split]])
-        if indexes[split]:
-            text = "".join(indexes[split])
-            write_whole(out / f"{split}.jsonl", lambda part, text=text: part.write_text(text))
+        jobs = own_videos(videos)
+    cut = partial(cut_clips, out=out, sample_rate=sample_rate)
+    clips, counts = [], Counter()
+    for pieces in tqdm(in_processes(cut, jobs, workers), unit=" videos"):
+        clips += pieces
+        for _, status, reason, _ in pieces:
+            counts[status] += 1
+            if status == "unreadable":
+                tqdm.write(f"skipped: {reason}", file=sys.stderr)
+    # of a set without validation one video in fifty validates, chosen by its name; one at least
+    whole = {segment.video for segment, status, _, _ in clips
+             if segment.split == "train" and status == "done"}
+    val = {video for video in whole if by_hash(video) % 50 == 0}
+    if not val and len(whole) > 1:
+        val = {min(whole, key=by_hash)}
+    default = dict(zip(TABLES["audioset"], SPLITS)).get(f"{stem}.csv", stem)
+    indexes, report = {}, [("id", "status", "reason")]
+    for segment, status, reason, row in clips:
+        report.append((segment.id, status, reason))
+        if row:
+            row = {"id": segment.id, **row, "captions": segment.captions,
+                   "labels": [names.get(mid, mid) for mid in segment.labels]}
+            line = json.dumps({key: value for key, value in row.items() if value}) + "\n"
+            split = "val" if segment.video in val else segment.split or default
+            indexes[split] = indexes.get(split, "") + line
+    for split, text in indexes.items():
+        write_whole(out / f"{split}.jsonl", partial(Path.write_text, data=text))
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / f"{stem}_report.csv", "w", newline="", errors="backslashreplace") as file:
+        csv.writer(file).writerows(report)
     summary = ", ".join(f"{count} {status}" for status, count in counts.items())
-    if not any(indexes.values()):
-        raise ValueError(f"{videos}: no clip came out of {len(jobs)} segments ({summary or 'no video'}"
-                         f"); reasons in {out}/*_report.csv. Is it the right folder?")
-    print(f"{len(jobs)} segments: {summary}; index and reasons in {out}\n"
-          f"next: python pretrain.py --data {out}")
+    if not indexes:
+        raise ValueError(f"{videos}: no clip came out of it ({summary or 'no video there'}); the "
+                         f"reasons are in {out}/{stem}_report.csv")
+    print(f"{summary}; index and reasons in {out}\nnext: python pretrain.py --data {out}")
 
 
-def statistics(clips, front_end, workers=2):
-    """Mean and std of clips' log-mel values as the encoder gets them, padding included; their number.
-
-    Raises ValueError where no clip can be read.
-    """
-    total, read = torch.zeros(3, dtype=torch.float64), 0
-    plain = replace(front_end, mean=0.0, std=1.0)
-    for sums in tqdm(in_processes(partial(sums_of, front_end=plain), clips, workers), unit=" clips"):
-        if sums is not None:
-            total, read = total + sums, read + 1
-    if not read:
-        raise ValueError(f"not one of {len(clips)} clips can be read")
-    count, first, second = total.tolist()
-    return first / count, math.sqrt(second / count - (first / count) ** 2), read
-
-
-def sums_of(clip, front_end):
-    """Number, sum and sum of squares of a clip's log-mel values (3,); None for a bad clip."""
+def log_mel_sums(clip, front_end):
+    """Number, sum and sum of squares of a clip's log-mel values (3,); zeros for a bad clip."""
     try:
         wave, length = front_end.load(clip.audio)
     except Unreadable as error:
         print(f"skipped: {error}", file=sys.stderr)
-        return None
+        return torch.zeros(3, dtype=torch.float64)
     x = front_end(wave[None], torch.tensor([length])).double()                   # (1, 1, T, F)
-    return torch.stack([torch.tensor(x.numel()).double(), x.sum(), x.square().sum()])
+    return torch.stack([torch.ones_like(x).sum(), x.sum(), x.square().sum()])    # (3,)
+
+
+def statistics(clips, front_end, workers=2):
+    """Mean and std of clips' log-mel values with padding, how many. Raises ValueError (none)."""
+    plain = replace(front_end, mean=0.0, std=1.0)
+    sums = in_processes(partial(log_mel_sums, front_end=plain), clips, workers)
+    sums = torch.stack(list(tqdm(sums, unit=" clips")))                          # (clips, 3)
+    count, first, second = sums.sum(0).tolist()
+    if not count:
+        raise ValueError(f"not one of {len(clips)} clips can be read")
+    return first / count, math.sqrt(second / count - (first / count) ** 2), int(sums.any(1).sum())
 
 
 # ------------------------------------------------------------------------------ the toy world
-# Sounding shapes, what shakespeare_char is to nanoGPT. What a thing looks like (shape, colour, count)
-# fixes what it sounds like (timbre, pitch, pulses); all else varies freely.
-
+# Sounding shapes, what shakespeare_char is to nanoGPT. What a thing looks like (shape, colour,
+# count) fixes what it sounds like (timbre, pitch, pulses); all else varies freely.
 SHAPES = {"circle": "hum", "square": "buzz", "triangle": "rasp", "star": "chirp", "cross": "hiss",
           "ring": "warble"}
 COLOURS = {  # colour -> its RGB, its pitch, and that pitch in Hz
@@ -1043,7 +1006,7 @@ COLOURS = {  # colour -> its RGB, its pitch, and that pitch in Hz
 COUNTS = {"one": "once", "two": "twice", "three": "three times", "four": "four times"}
 THINGS = list(itertools.product(SHAPES, COLOURS, range(1, 5)))  # 144
 TOY_RATE, TOY_IMAGE = 16_000, 64  # Hz, pixels
-TOY_SPLITS = {"pairs": 8000, "train": 4000, "val": 576, "test": 144}
+TOY_SPLITS = {"pairs": 8000, "train": 4000, "val": 144, "test": 576}
 TOY_GOLD = 1000  # training clips that gold.jsonl has a caption for
 # What makes the paper's world hard, and its method work:
 OFF_SCREEN = 0.5  # of the training videos show another thing than the one that sounds
@@ -1054,20 +1017,19 @@ TWO_THINGS = 0.1  # of a language model's captions (FC), which know all, add a t
 
 
 def in_words(thing):
-    """A thing's number, colour and shape: "two", "red", "triangles"."""
+    """A thing's number, colour and shape: "two red triangles"."""
     shape, colour, count = thing
     ending = "" if count == 1 else "es" if shape == "cross" else "s"
-    return list(COUNTS)[count - 1], colour, shape + ending
+    return f"{list(COUNTS)[count - 1]} {colour} {shape}{ending}"
 
 
-def vision_caption(thing, size, dark, rng):
-    """A caption as people write them for pictures: "two small red triangles"."""
-    number, colour, shapes = in_words(thing)
+def vision_captions(thing, size, dark):
+    """Four captions as people write them for pictures: "two small red triangles"."""
+    number, colour, shapes = in_words(thing).split()
     background = "dark" if dark else "bright"
-    return str(rng.choice([f"{number} {size} {colour} {shapes}",
-                           f"a photo of {number} {colour} {shapes}",
-                           f"{colour} {shapes} , {number} of them , on a {background} background",
-                           f"there are {number} {size} {colour} {shapes}"]))
+    return [f"{number} {size} {colour} {shapes}", f"a photo of {number} {colour} {shapes}",
+            f"{colour} {shapes} , {number} of them , on a {background} background",
+            f"there are {number} {size} {colour} {shapes}"]
 
 
 def audio_captions(thing, loud):
@@ -1085,8 +1047,9 @@ def draw_thing(thing, radius, background, places):
     shape, colour, _ = thing
     image = Image.new("RGB", (TOY_IMAGE, TOY_IMAGE), background)
     draw, fill = ImageDraw.Draw(image), COLOURS[colour][0]
+    third = radius / 3
     for x, y in places:
-        box, third = (x - radius, y - radius, x + radius, y + radius), radius / 3
+        box = (x - radius, y - radius, x + radius, y + radius)
         if shape == "circle":
             draw.ellipse(box, fill=fill)
         elif shape == "ring":
@@ -1096,23 +1059,22 @@ def draw_thing(thing, radius, background, places):
         elif shape == "cross":
             draw.rectangle((x - radius, y - third, x + radius, y + third), fill=fill)
             draw.rectangle((x - third, y - radius, x + third, y + radius), fill=fill)
-        else:  # a star has ten corners, every second one drawn in; a triangle has three
-            corners = 3 if shape == "triangle" else 10
-            points = []
-            for i in range(corners):
-                reach = radius * (0.4 if corners == 10 and i % 2 else 1.0)
-                angle = 2 * math.pi * i / corners - math.pi / 2
-                points.append((x + reach * math.cos(angle), y + reach * math.sin(angle)))
-            draw.polygon(points, fill=fill)
+        else:  # a star has ten corners, every second one drawn in
+            reaches = [radius] * 3 if shape == "triangle" else [radius, 0.4 * radius] * 5
+            corners = []
+            for i, reach in enumerate(reaches):
+                angle = 2 * math.pi * i / len(reaches) - math.pi / 2
+                corners.append((x + reach * math.cos(angle), y + reach * math.sin(angle)))
+            draw.polygon(corners, fill=fill)
     return image
 
 
 def sound_thing(thing, loudness, rng):
     """The thing's sound, 1 s: `count` pulses of its timbre and pitch in noise -> (16000,)."""
     shape, colour, count = thing
-    time = np.arange(TOY_RATE) / TOY_RATE                                        # (S,) seconds
+    seconds = np.arange(TOY_RATE) / TOY_RATE                                     # (S,)
     pitch = COLOURS[colour][2] * rng.uniform(0.94, 1.06)
-    pulse, since = np.divmod(time - rng.uniform(0, 0.1), 0.88 / count)  # which one, begun when
+    pulse, since = np.divmod(seconds - rng.uniform(0, 0.1), 0.88 / count)  # which one, begun when
     phase = 2 * np.pi * (pitch * since + rng.uniform())
     if shape == "circle":
         tone = np.sin(phase)
@@ -1141,18 +1103,16 @@ def make_toy_clip(job, folder, seed):
     place = (seed, sorted(TOY_SPLITS).index(split), i)
     ear, eye = np.random.default_rng((*place, 0)), np.random.default_rng((*place, 1))
     held_out = split in ("val", "test")
-    thing = THINGS[i % len(THINGS)] if held_out else THINGS[ear.integers(len(THINGS))]
+    thing = THINGS[i % 144 if held_out else ear.integers(144)]
     loudness = ear.uniform(0.1, 1)
-    off_screen, other = eye.uniform() < OFF_SCREEN, THINGS[eye.integers(len(THINGS))]
+    off_screen, other = eye.uniform() < OFF_SCREEN, THINGS[eye.integers(144)]
     seen = other if off_screen and split == "train" else thing
     radius, dark = eye.uniform(8, 13), bool(eye.integers(2))
-    size = "small" if radius < 10.5 else "large"
     background = tuple(int(v) for v in eye.integers(0, 60, 3) + (0 if dark else 100))
     cells = eye.permutation(4)[:seen[2]]                                         # quarters
     start = np.stack([cells % 2, cells // 2], 1) * 32 + eye.uniform(14, 18, (seen[2], 2))
     drift = eye.uniform(-2, 2, (seen[2], 2))
     captions = audio_captions(thing, loudness > 0.5)
-    label = f"{COLOURS[thing[1]][1]} {SHAPES[thing[0]]}"
     row = {"id": f"{split}_{i}", "frames": []}
     for step in range(4 if split != "pairs" else 1):
         row["frames"].append(f"frames/{split}_{i}_{step + 1}.jpg")
@@ -1160,13 +1120,17 @@ def make_toy_clip(job, folder, seed):
         image.save(folder / row["frames"][-1], quality=90)
     if split == "pairs":
         rest = (1 - SAYS_SO) / 4
-        of_sound = eye.uniform() < OF_SOUND
-        caption = (eye.choice(captions, p=(rest, SAYS_SO, rest, rest, rest)) if of_sound
-                   else vision_caption(thing, size, dark, eye))
+        if eye.uniform() < OF_SOUND:
+            caption = eye.choice(captions, p=(rest, SAYS_SO, rest, rest, rest))
+        else:
+            size = "small" if radius < 10.5 else "large"
+            caption = eye.choice(vision_captions(thing, size, dark))
         return row | {"captions": [str(caption)]}
     audio = f"audio/{split}_{i}.wav"
     soundfile.write(folder / audio, sound_thing(thing, loudness, ear), TOY_RATE, subtype="PCM_16")
-    return row | {"audio": audio, "labels": [label], "captions": captions}
+    label = f"{COLOURS[thing[1]][1]} {SHAPES[thing[0]]}"
+    fold = {"fold": i // 144 + 1} if held_out else {}  # each thing once in a gallery
+    return row | {"audio": audio, "labels": [label], "captions": captions} | fold
 
 
 def toy_captions(kind, rng, count=2000):
@@ -1176,34 +1140,33 @@ def toy_captions(kind, rng, count=2000):
     for i in rng.integers(len(things), size=count):
         first, second = rng.uniform(size=2) < 0.5           # loud or soft, small or large, dark
         if kind == "ac":
-            captions.append(str(rng.choice(audio_captions(things[i], first))))
+            caption = rng.choice(audio_captions(things[i], first))
         elif rng.uniform() < (TWO_THINGS if kind == "fc" else 0.0):
-            other = things[rng.integers(len(things))]
-            captions.append(" ".join((*in_words(things[i]), "and", *in_words(other))))
+            caption = f"{in_words(things[i])} and {in_words(things[rng.integers(len(things))])}"
         else:
-            size = "small" if first else "large"
-            captions.append(vision_caption(things[i], size, second, rng))
+            caption = rng.choice(vision_captions(things[i], "small" if first else "large", second))
+        captions.append(str(caption))
     return captions
 
 
 def write_toy_vocabulary(path):
-    """A vocabulary in CLIP's format: merges learned from the toy's captions, a token a word."""
-    rng, words = np.random.default_rng(0), {}
+    """A vocabulary in CLIP's format: merges that make each word of the toy's captions a token."""
+    texts = ["the sound of", "a photo of", "and"]
     for thing in THINGS:
-        texts = [vision_caption(thing, size, dark, rng)
-                 for size in ("small", "large") for dark in (0, 1) for _ in range(9)]
-        texts += ["the sound of", "a photo of", "and"]
-        texts += audio_captions(thing, True) + audio_captions(thing, False)
-        for word in " ".join(texts).split():
-            words[word] = [*word[:-1], word[-1] + "</w>"]                        # its units so far
+        for size, yes in (("small", True), ("large", False)):
+            texts += vision_captions(thing, size, yes) + audio_captions(thing, yes)
+    words = {}                                                                   # word -> its units
+    for word in " ".join(texts).split():
+        words[word] = [*word[:-1], word[-1] + "</w>"]
     merges = []
-    while pairs := Counter(pair for units in words.values() for pair in itertools.pairwise(units)):
-        best = max(sorted(pairs), key=pairs.get)
-        merges.append(best)
-        for word, units in words.items():
-            for at in range(len(units) - 1, 0, -1):
-                if (units[at - 1], units[at]) == best:
-                    units[at - 1:at + 1] = ["".join(best)]
+    for units in words.values():
+        for merge in merges:  # what earlier words have taught
+            for at in range(len(units) - 2, -1, -1):
+                if units[at:at + 2] == merge:
+                    units[at:at + 2] = ["".join(merge)]
+        while len(units) > 1:
+            merges.append(units[:2])
+            units[:2] = ["".join(units[:2])]
     text = "#version: toy\n" + "".join(f"{left} {right}\n" for left, right in merges)
     path.write_bytes(gzip.compress(text.encode(), mtime=0))
 
@@ -1213,8 +1176,8 @@ def make_toy(folder, seed=0, splits=TOY_SPLITS, workers=2):
 
     pairs.jsonl: image-caption pairs for the toy's CLIP. train.jsonl: clips without captions.
     gold.jsonl: some of those with one, what AudioCaps is to AudioSet. ac.txt, vc.txt, fc.txt:
-    captions without clips. test.jsonl: each of the 144 things once, with 5 captions; val.jsonl: four
-    times.
+    captions without clips. val.jsonl: each of the 144 things once, with 5 captions; test.jsonl: four
+    galleries of that.
     """
     folder = Path(folder)
     part = folder.with_name(f"{folder.name}.part")
@@ -1222,41 +1185,38 @@ def make_toy(folder, seed=0, splits=TOY_SPLITS, workers=2):
         (part / name).mkdir(parents=True, exist_ok=True)
     jobs = [(split, i) for split, count in splits.items() for i in range(count)]
     made = in_processes(partial(make_toy_clip, folder=part, seed=seed), jobs, workers)
-    indexes = {split: [] for split in splits}
+    indexes = {split: [] for split in (*splits, "gold")}
     for row, (split, _) in zip(tqdm(made, desc="toy world", unit=" clips"), jobs):
         indexes[split].append(row)
     rng = np.random.default_rng((seed, 1))
-    indexes["gold"] = [row | {"captions": [str(rng.choice(row["captions"]))]}
-                       for row in indexes["train"][:TOY_GOLD]]
     for row in indexes["train"]:
-        del row["captions"]
+        captions = row.pop("captions")
+        if len(indexes["gold"]) < TOY_GOLD:
+            indexes["gold"].append(row | {"captions": [str(rng.choice(captions))]})
     for name, rows in indexes.items():
         (part / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     rng = np.random.default_rng((seed, 2))
     for kind in ("ac", "vc", "fc"):
-        text = "".join(f"{caption}\n" for caption in toy_captions(kind, rng))
-        (part / f"{kind}.txt").write_text(text)
+        (part / f"{kind}.txt").write_text("\n".join(toy_captions(kind, rng)) + "\n")
     write_toy_vocabulary(part / "vocab.txt.gz")
     os.replace(part, folder)
 
 
 # ------------------------------------------------------------------------------- the commands
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["toy", "extract", "stats"])
-    parser.add_argument("--out", help="folder to write (toy: data/toy; extract: the table's own)")
-    parser.add_argument("--seed", type=int, default=0, help="toy: another world")
-    parser.add_argument("--segments", help="extract: AudioSet's, AudioCaps' or VGGSound's table")
-    parser.add_argument("--videos", help="extract: folder of the videos")
-    parser.add_argument("--side", type=int, default=224, help="extract: a frame's shorter side, "
-                        "pixels; 0: as it is (224)")
-    parser.add_argument("--data", default="audioset", help="stats: a dataset's name or its folder")
-    parser.add_argument("--mels", type=int, default=FrontEnd.mels, help="stats: mel bins (128)")
-    parser.add_argument("--frames", type=int, default=FrontEnd.frames, help="stats: of 10 ms (1000)")
-    parser.add_argument("--sample-rate", type=int, default=FrontEnd.sample_rate, help="Hz (44100)")
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes")
+    flag = parser.add_argument
+    flag("command", choices=["toy", "extract", "stats"])
+    flag("--out", help="folder to write (toy: data/toy; extract: the table's own)")
+    flag("--seed", type=int, default=0, help="toy: another world")
+    flag("--segments", help="extract: AudioSet's, AudioCaps' or VGGSound's table")
+    flag("--videos", help="extract: folder of the videos")
+    flag("--data", default="audioset", help="stats: a dataset's name or its folder")
+    flag("--mels", type=int, default=FrontEnd.mels, help="stats: mel bins (128)")
+    flag("--frames", type=int, default=FrontEnd.frames, help="stats: of 10 ms (1000)")
+    flag("--sample-rate", type=int, default=FrontEnd.sample_rate, help="Hz (44100)")
+    flag("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes")
     args = parser.parse_args()
     if args.command == "toy":
         out = args.out or "data/toy"
@@ -1268,14 +1228,14 @@ def main():
         if not args.videos or not (args.segments or args.out):
             raise ValueError("extract needs --videos FOLDER, and --segments TABLE or --out FOLDER")
         extract(args.segments, args.videos, args.out or Path(args.segments).parent,
-                args.sample_rate, args.side, args.workers)
+                args.sample_rate, args.workers)
     else:
-        clips = [clip for clip in read_split("audioset", dataset_folder(args.data), "train")
-                 if clip.audio]
+        name = args.data if args.data in TABLES else "audioset"
+        clips = read_split(name, dataset_folder(args.data), "train")
         front_end = FrontEnd(args.sample_rate, args.mels, args.frames)
+        clips = [clip for clip in clips if clip.audio]
         mean, std, read = statistics(clips, front_end, args.workers)
-        print(f"{read} clips at {args.sample_rate} Hz, {args.mels} mel bins, {args.frames} frames:\n"
-              f"--mean {mean:.6f} --std {std:.6f}")
+        print(f"{read} clips, as {front_end}:\n--mean {mean:.6f} --std {std:.6f}")
 
 
 if __name__ == "__main__":

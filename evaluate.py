@@ -57,13 +57,13 @@ def interval(values):
     return [percent(values), *means.quantile(torch.tensor([0.025, 0.975])).tolist()]
 
 
-def retrieval_ranks(audio, captions, count):
-    """How many others are at least as near as the right one -> a2t (N, 1), t2a (N, count).
+def retrieval_ranks(audio, captions, count, gallery):
+    """How many others of its gallery are at least as near as the right one: a2t (N, 1), t2a (N, 5).
 
-    audio (N, D), captions (count·N, D). A sound looks for the best of its own captions.
-    """
+    audio (N, D), captions (5N, D), gallery (N,). A sound looks for the best of its own captions."""
     assert len(captions) == count * len(audio)
     similarity = unit(audio) @ unit(captions).T                                  # (N, 5N)
+    similarity[gallery[:, None] != gallery.repeat_interleave(count)] = -torch.inf
     own = similarity.unflatten(1, (-1, count)).diagonal().T                      # (N, 5)
     best = own.amax(1, keepdim=True)                                             # (N, 1)
     # differs from the paper, which does not say: a tie is lost (so is NaN), or equal features score
@@ -72,10 +72,11 @@ def retrieval_ranks(audio, captions, count):
     return a2t[:, None], t2a.view_as(own)
 
 
-def retrieval_metrics(audio, captions, captions_per_clip=5, mean=percent):
+def retrieval_metrics(audio, captions, captions_per_clip=5, mean=percent, gallery=None):
     """Both ways' recall at 1, 5, 10 and median rank (from 1). mean: `percent` or `interval`."""
-    result = {}
-    for way, rank in zip(("a2t", "t2a"), retrieval_ranks(audio, captions, captions_per_clip)):
+    result, gallery = {}, torch.zeros(len(audio)) if gallery is None else gallery
+    ways = zip(("a2t", "t2a"), retrieval_ranks(audio, captions, captions_per_clip, gallery))
+    for way, rank in ways:
         for k in (1, 5, 10):
             result[f"{way}_r{k}"] = mean((rank < k).float().mean(1))
         result[f"{way}_median"] = 1 + rank.float().quantile(0.5).item()
@@ -116,7 +117,7 @@ class Model:
         settings = checkpoint["settings"]
         start = "VA-Rand" if settings.get("init") == "random" else "vip-AnT"
         self.row = settings.get("source", "").upper() or start  # of the paper's tables
-        self.pairs = checkpoint.get("made_of", {}).get("pairs")  # that fine-tuning had
+        self.pairs = settings.get("pairs")  # that fine-tuning had
         self.missing = set()  # clips that tasks do not find on disk
 
     def longer(self, factor):
@@ -152,9 +153,8 @@ CLASSES = {"esc50": 50, "us8k": 10, "audioset": 527}  # of the sets that the pap
 def prepare(model, name, folder, kinds, need=(), split="test"):
     """What a task needs of a dataset -> clips, what is to be said of them, embeddings (N, D).
 
-    kinds: "audio" or "frames" or both; need: keys of each clip. Clips that are not on disk or can't
-    be read are left out and counted. Raises FileNotFoundError, ValueError.
-    """
+    kinds: "audio", "frames"; need: keys of each clip. What can't be read is left out, and counted.
+    Raises FileNotFoundError, ValueError."""
     listed, table = read_split(name, folder, split, need), table_of(name, folder, split)
     clips = [clip for clip in listed if ("audio" not in kinds or os.path.isfile(clip.audio))
              and ("frames" not in kinds or clip.frames)]
@@ -190,14 +190,15 @@ def retrieval(model, name, folder, by="audio"):
     """Sounds, or by="frames" second frames (OracleAV-CLIP), and captions (Tables 3, 8)."""
     clips, about, features = prepare(model, name, folder, (by,), ("captions",))
     captions = sum((clip.captions for clip in clips), ())
-    M, count = len(captions), len(clips[0].captions)
-    values, chance = {}, about["chance"]
+    gallery = torch.tensor([clip.fold for clip in clips])  # the toy's test set has several
+    count, size = len(clips[0].captions), len(clips) / len(gallery.unique())
+    M, values, chance = round(count * size), {}, about["chance"]
     for variant, prompt in PROMPTS.items():
-        texts = model.embed_texts(captions, prompt)                              # (M, D)
-        values[variant] = retrieval_metrics(features, texts, count, interval)
+        texts = model.embed_texts(captions, prompt)                              # (5N, D)
+        values[variant] = retrieval_metrics(features, texts, count, interval, gallery)
     for k in (1, 5, 10):
         missed = math.comb(M - count, min(k, M)) / math.comb(M, min(k, M))  # by k drawn blindly
-        chance |= {f"a2t_r{k}": 100 * (1 - missed), f"t2a_r{k}": 100 * min(1, k / len(clips))}
+        chance |= {f"a2t_r{k}": 100 * (1 - missed), f"t2a_r{k}": 100 * min(1, k / size)}
     return about | {"values": values}
 
 
@@ -369,23 +370,19 @@ def draw_classes(path, part, runs):
     draw(path, f"{part} by class (%)", lines)
 
 
-def line_fit(x, y):
-    """Least squares, y = slope · x + intercept -> slope, intercept, R²."""
-    slope, intercept = np.polyfit(x, y, 1)
-    return slope, intercept, np.corrcoef(x, y)[0, 1] ** 2
-
-
 def scaling(models, folder, target, out):
     """Accuracy over log2(gold pairs), a line, where it meets `target` (Fig. 7: 81 % at 2^21)."""
-    pairs = [model.pairs for model in models if model.row == "GC"]
-    if len(pairs) < len(models) or len(set(pairs)) < 3:
+    accuracies = {}  # by number of pairs; several seeds are averaged
+    for model in models:
+        accuracy = zero_shot(model, "esc50", folder)["values"]["prompt"]["accuracy"][0]
+        accuracies.setdefault(model.pairs, []).append(accuracy)
+    if len(accuracies) < 3 or not all(accuracies):
         raise ValueError("needed: checkpoints of finetune.py --source gc --pairs N, three N")
-    x = np.log2(pairs)
-    y = [zero_shot(model, "esc50", folder)["values"]["prompt"]["accuracy"][0] for model in models]
-    slope, intercept, r2 = line_fit(x, y)
+    x, y = np.log2(list(accuracies)), [np.mean(each) for each in accuracies.values()]
+    (slope, intercept), r2 = np.polyfit(x, y, 1), np.corrcoef(x, y)[0, 1] ** 2
     at = (target - intercept) / slope if slope > 0 else math.inf
     line = f"{intercept:.1f} + {slope:.2f} · log2(pairs), R² {r2:.2f}, {target:g} % at 2^{at:.1f}"
-    print0(f"accuracy at {pairs} pairs:", *map(cell, y))
+    print0(f"accuracy at {list(accuracies)} pairs:", *map(cell, y))
     print0(line)
     ends = np.array([*x, min(at, 30)])
     draw(out / "scaling.png", "zero-shot accuracy (%) over log2(gold pairs)",
