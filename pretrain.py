@@ -94,7 +94,7 @@ class Settings(Training):
 TOY = Settings(data="toy", leave_out="none", clip="out/toy/clip/clip.pt",
                vocab="data/toy/vocab.txt.gz", sample_rate=16_000, mels=64, frames=100, mean=-2.21,
                std=3.51, stride_time=16, stride_mel=16, batch=64, epochs=9, warmup_epochs=0.5,
-               lr_weights=5.0, lr_biases=7e-3, workers=1, log_every=62)
+               lr_weights=5.0, lr_biases=7e-3, precision="fp32", workers=1, log_every=62)
 
 
 def parse(defaults, presets, argv=None, description=None):
