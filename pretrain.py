@@ -628,8 +628,8 @@ def main():
     default = f"out/{dataset_folder(settings.data).name}/{name}"
     settings = replace(settings, out=settings.out or default)
     pretrain(settings, device)
-    flags = ["--task", "toy" if toy else "all", "--checkpoint", f"{settings.out}/checkpoint.pt"]
-    print0(f"next: python evaluate.py {' '.join(flags)}")
+    flags = ["--checkpoint", f"{settings.out}/checkpoint.pt", "--task", "toy" if toy else "all"]
+    print0(f"next: python evaluate.py {' '.join(flags)} (or search --audio FOLDER --query WORDS)")
     if toy and rank_and_size()[1] == 1:
         script = Path(__file__).with_name("evaluate.py")
         sys.exit(subprocess.run([sys.executable, script, *flags], check=False).returncode)
