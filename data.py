@@ -68,7 +68,7 @@ def run(main):
 
 
 def write_whole(path, save):
-    """save(temporary path), then rename it: `path` is whole or not there, whenever we are killed."""
+    """save(temporary path), then rename it: `path` is whole or not there, even if we are killed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{os.getpid()}.part{path.suffix}")
@@ -435,13 +435,9 @@ def dataset_folder(place):
     """data/<place> for a dataset's name, else `place`. Raises FileNotFoundError (how to get it)."""
     folder = Path("data") / place if place in SOURCES else Path(place)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder. {how_to_get(place)}")
+        raise FileNotFoundError(f"{folder}: no such folder. "
+                                f"Get it: {SOURCES.get(place, 'README.md, Datasets')}")
     return folder
-
-
-def how_to_get(name):
-    """Where a dataset comes from, in a sentence."""
-    return f"Get {name}: {SOURCES[name]}" if name in SOURCES else "Give --data a name or a folder"
 
 
 def table_of(name, folder, split):
@@ -506,9 +502,9 @@ def spellings(folder):
 def inside(folder, name):
     """Path of a file below a folder, however a table spells it."""
     path = os.path.join(folder, name.replace("\\", "/"))
+    parent, base = os.path.split(path)
     if os.path.exists(path):
         return path
-    parent, base = os.path.split(path)
     return os.path.join(parent, spellings(parent).get(spelling(base), base))
 
 
@@ -572,7 +568,7 @@ def read_split(name, folder, split="test", need=()):
     table = table_of(name, folder, split) if name in TABLES else index
     if not table.exists():
         raise FileNotFoundError(f"{folder}: neither {index.name} nor {table.name} is there. "
-                                f"{how_to_get(name)}")
+                                f"Get it: {SOURCES.get(name, 'README.md, Datasets')}")
     if name not in COLUMNS:
         return read_youtube(table, split)
     columns = COLUMNS[name]
@@ -598,7 +594,7 @@ def read_coco_captions(folder, split):
             return [" ".join(row["caption"].split()) for row in rows]
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}: not MSCOCO's captions ({error})") from None
-    raise FileNotFoundError(f"{folder}: no {name} in it. {how_to_get('mscoco')}")
+    raise FileNotFoundError(f"{folder}: no {name} in it. Get it: {SOURCES['mscoco']}")
 
 
 # AudioSet, AudioCaps and VGGSound come as YouTube's ids; what is on disk is named after them.
@@ -620,8 +616,9 @@ class Segment:
 
 def read_segments(path):
     """AudioSet's tables (which begin with #), VGGSound's, AudioCaps' -> list of Segment."""
-    columns, segments = ("youtube_id", "start_time", "caption"), {}
-    if Path(path).name == "vggsound.csv":
+    names, segments = class_names(Path(path).parent), {}
+    columns = ("youtube_id", "start_time", "caption")
+    if Path(path).name.startswith("vggsound"):
         columns = ("youtube_id", "start_time", "label", "split")
     elif read_text(path).startswith("#"):
         columns = ("youtube_id", "start_time", "end_time", "positive_labels")
@@ -641,7 +638,8 @@ def read_segments(path):
         elif "label" in row:
             segment.labels = [row["label"]]
         else:
-            segment.labels = [mid.strip() for mid in row["positive_labels"].split(",")]
+            mids = [mid.strip() for mid in row["positive_labels"].split(",")]
+            segment.labels = [names.get(mid, mid) for mid in mids]
 
     read_table(path, add, columns, header="caption" in columns)
     return list(segments.values())
@@ -689,12 +687,9 @@ def files_of(segment, files):
     return sorted(found, key=lambda file: (not file[0], file[1].lower().endswith(AUDIO), file[1]))
 
 
-AUDIOSET_CLASSES = "class_labels_indices.csv"
-
-
 def class_names(folder):
     """AudioSet's classes {mid: name}, in the order of its table; {} where `folder` lacks that."""
-    table = Path(folder) / AUDIOSET_CLASSES
+    table = Path(folder) / "class_labels_indices.csv"
     if not table.exists():
         return {}
     columns = ("index", "mid", "display_name")
@@ -705,32 +700,29 @@ def labels_of(clips, folder):
     """Labels in AudioSet's order where `folder` holds its classes, else the clips' own, sorted."""
     used = {label for clip in clips for label in clip.labels}
     known = list(class_names(folder).values())
-    if known and used - set(known):
-        raise ValueError(f"{folder}: a clip's label {min(used - set(known))!r} is not in "
-                         f"{AUDIOSET_CLASSES}")
+    if known and (strange := used - set(known)):
+        raise ValueError(f"{folder}/class_labels_indices.csv: lacks {min(strange)!r}, a label")
     return known or sorted(used)
 
 
 def read_youtube(table, split):
     """A published table, with the sounds found below its folder -> list of Clip."""
-    files, names = by_video(find_files(table.parent, AUDIO)), class_names(table.parent)
-    clips = []
+    files, clips = by_video(find_files(table.parent, AUDIO)), []
     for segment in read_segments(table):
         if segment.split in ("", split):
             found = files_of(segment, files)
-            audio = found[0][1] if found else ""
-            labels = tuple(names.get(mid, mid) for mid in segment.labels)
-            clips.append(Clip(segment.id, audio, (), labels, tuple(segment.captions)))
+            clips.append(Clip(segment.id, found[0][1] if found else "",
+                              labels=tuple(segment.labels), captions=tuple(segment.captions)))
     return clips
 
 
 def add_labels(clips, folder):
     """AudioCaps' clips with the labels that AudioSet, whose tables are in `folder`, gives them."""
-    names, labels = class_names(folder), {}
+    labels = {}
     for table in TABLES["audioset"]:
         if (Path(folder) / table).exists():
             for segment in read_segments(Path(folder) / table):
-                labels[segment.video] = tuple(names.get(mid, mid) for mid in segment.labels)
+                labels[segment.video] = tuple(segment.labels)
     return [replace(clip, labels=labels.get(clip.id[:11], clip.labels)) for clip in clips]
 
 
@@ -746,9 +738,9 @@ def held_out_by_audiocaps(clips, tables, folder):
         return [clip.id[:11] in videos for clip in clips]
     for table in TABLES["audioset"] + TABLES["vggsound"]:
         if (Path(folder) / table).exists():
-            raise FileNotFoundError(f"{tables}: no val.csv and test.csv, so what AudioCaps tests "
-                                    f"can't be left out of training. {how_to_get('audiocaps')}; or "
-                                    f"--leave-out none")
+            raise FileNotFoundError(f"{tables}: no val.csv and test.csv of AudioCaps, whose clips "
+                                    f"are to be left out of training. Get them: "
+                                    f"{SOURCES['audiocaps']}; or --leave-out none")
     return [False] * len(clips)
 
 
@@ -859,25 +851,24 @@ def own_videos(folder):
             if files[0][1].lower().endswith(VIDEO)]
 
 
-def pieces_of(segment, files):
-    """A whole video in pieces of 10 s, a last one of 5 s or more -> list of Segment."""
-    length = 10.0  # of what can't be read, so that a piece says why
+def cut_clips(job, out, sample_rate):
+    """Cut (segment, its files) out; a whole video in pieces of 10 s, a last one of 5 s or more.
+
+    Returns [(segment, status, reason, index row)].
+    """
+    segment, files = job
+    if segment.end:
+        return [(segment, *cut_clip(segment, files, out, sample_rate))]
+    length, pieces = 10.0, []  # of what can't be read, so that its piece says why
     with suppress(Unreadable), opened(files[0][1], "video") as (container, streams):
         ends = [float((packet.pts + (packet.duration or 0)) * packet.time_base)
                 for packet in container.demux(streams[0]) if packet.pts is not None]
         length = max(ends) - (container.start_time or 0) / av.time_base  # no header is believed
-    pieces = []
     for start in range(0, max(1, int(length + 5) // 10) * 10, 10):
         end = max(start + 5.0, min(start + 10.0, length))
-        pieces.append(replace(segment, start=start, end=end))
+        piece = replace(segment, start=start, end=end)
+        pieces.append((piece, *cut_clip(piece, files, out, sample_rate)))
     return pieces
-
-
-def cut_clips(job, out, sample_rate):
-    """Cut (segment, its files) out -> [(segment, status, reason, index row)]."""
-    segment, files = job
-    pieces = [segment] if segment.end else pieces_of(segment, files)
-    return [(piece, *cut_clip(piece, files, out, sample_rate)) for piece in pieces]
 
 
 def cut_clip(segment, files, out, sample_rate):
@@ -889,28 +880,27 @@ def cut_clip(segment, files, out, sample_rate):
     audio, frames = f"audio/{place}.wav", [f"frames/{place}_{i}.jpg" for i in range(1, 5)]
     if (out / frames[-1]).exists():  # which is written last
         return "done", "", {"audio": audio, "frames": frames}
-    if not files:
-        return "missing", f"no file is named after {segment.video}", {}
-    found, reasons = {}, {}
+    wave = images = None
+    reasons = []
     for begins_there, path in files:
         start = 0.0 if begins_there else segment.start
         end = start + segment.end - segment.start
-        times = [start + i * (end - start) / 3 for i in range(4)]  # equally spaced (§3.2.2)
-        cuts = {"sound": partial(cut_audio, path, start, end, sample_rate),
-                "pictures": partial(cut_frames, path, times)}
-        for kind, cut in cuts.items():
-            try:
-                found[kind] = found[kind] if kind in found else cut()
-            except Unreadable as error:
-                reasons[str(error)] = True
-    reason = "; ".join(reasons)
-    if "sound" not in found:
-        return "unreadable", reason, {}
-    write_whole(out / audio, partial(soundfile.write, data=found["sound"].numpy(),
-                                     samplerate=sample_rate, subtype="PCM_16"))
-    if "pictures" not in found:
-        return "no pictures", reason, {"audio": audio}
-    for frame, image in zip(frames, found["pictures"]):
+        try:
+            wave = cut_audio(path, start, end, sample_rate) if wave is None else wave
+        except Unreadable as error:
+            reasons.append(str(error))
+        try:  # 4 equally spaced (§3.2.2), both ends included
+            times = [start + i * (end - start) / 3 for i in range(4)]
+            images = images or cut_frames(path, times)
+        except Unreadable as error:
+            reasons.append(str(error))
+    if wave is None:
+        return "unreadable" if files else "missing", "; ".join(reasons), {}
+    write_whole(out / audio, partial(soundfile.write, data=wave.numpy(), samplerate=sample_rate,
+                                     subtype="PCM_16"))
+    if not images:
+        return "no pictures", "; ".join(reasons), {"audio": audio}
+    for frame, image in zip(frames, images):
         write_whole(out / frame, partial(image.save, quality=95))
     return "done", "", {"audio": audio, "frames": frames}
 
@@ -926,16 +916,13 @@ def extract(table, videos, out, sample_rate=FrontEnd.sample_rate, workers=2):
     Leaves <split>.jsonl and <table>_report.csv in `out`; called again it goes on. Raises
     FileNotFoundError, ValueError (nothing found).
     """
-    out = Path(out)
     if not Path(videos).is_dir():
         raise FileNotFoundError(f"{videos}: no such folder; --videos names the one with the videos")
-    names, stem = {}, "train"
+    out, stem, jobs = Path(out), "train", own_videos(videos)
     if table:
         files = by_video(find_files(videos, VIDEO + AUDIO))
         jobs = [(segment, files_of(segment, files)) for segment in read_segments(table)]
-        names, stem = class_names(Path(table).parent), Path(table).stem
-    else:
-        jobs = own_videos(videos)
+        stem = Path(table).stem
     cut = partial(cut_clips, out=out, sample_rate=sample_rate)
     clips, counts = [], Counter()
     for pieces in tqdm(in_processes(cut, jobs, workers), unit=" videos"):
@@ -955,8 +942,7 @@ def extract(table, videos, out, sample_rate=FrontEnd.sample_rate, workers=2):
     for segment, status, reason, row in clips:
         report.append((segment.id, status, reason))
         if row:
-            row = {"id": segment.id, **row, "captions": segment.captions,
-                   "labels": [names.get(mid, mid) for mid in segment.labels]}
+            row = {"id": segment.id, **row, "labels": segment.labels, "captions": segment.captions}
             line = json.dumps({key: value for key, value in row.items() if value}) + "\n"
             split = "val" if segment.video in val else segment.split or default
             indexes[split] = indexes.get(split, "") + line
@@ -1038,7 +1024,8 @@ def audio_captions(thing, loud):
     timbre, pitch, times = SHAPES[shape], COLOURS[colour][1], list(COUNTS.values())[count - 1]
     loudness = "loud" if loud else "soft"
     return [f"a {pitch} {timbre} , {times}", f"the sound of a {loudness} {pitch} {timbre} {times}",
-            f"{times} a {pitch} {timbre} is heard", f"a {loudness} {timbre} sounds {times} , {pitch}",
+            f"{times} a {pitch} {timbre} is heard",
+            f"a {loudness} {timbre} sounds {times} , {pitch}",
             f"a {pitch} {timbre} repeats {times}" if count > 1 else f"a single {pitch} {timbre}"]
 
 
@@ -1098,7 +1085,7 @@ def sound_thing(thing, loudness, rng):
 
 
 def make_toy_clip(job, folder, seed):
-    """Write one clip's files; returns its index row. job: split and number, which fix everything."""
+    """Write one clip's files -> its index row. job: split and number, which fix everything."""
     split, i = job
     place = (seed, sorted(TOY_SPLITS).index(split), i)
     ear, eye = np.random.default_rng((*place, 0)), np.random.default_rng((*place, 1))
@@ -1175,9 +1162,8 @@ def make_toy(folder, seed=0, splits=TOY_SPLITS, workers=2):
     """The toy world as files under `folder`, in the index format that AudioSet is read in.
 
     pairs.jsonl: image-caption pairs for the toy's CLIP. train.jsonl: clips without captions.
-    gold.jsonl: some of those with one, what AudioCaps is to AudioSet. ac.txt, vc.txt, fc.txt:
-    captions without clips. val.jsonl: each of the 144 things once, with 5 captions; test.jsonl: four
-    galleries of that.
+    gold.jsonl: some of those with one, what AudioCaps is to AudioSet. val.jsonl: each of the 144
+    things once, with 5 captions; test.jsonl: four times. ac.txt, vc.txt, fc.txt: captions alone.
     """
     folder = Path(folder)
     part = folder.with_name(f"{folder.name}.part")
@@ -1209,7 +1195,7 @@ def main():
     flag = parser.add_argument
     flag("command", choices=["toy", "extract", "stats"])
     flag("--out", help="folder to write (toy: data/toy; extract: the table's own)")
-    flag("--seed", type=int, default=0, help="toy: another world")
+    flag("--seed", type=int, default=0, help="toy: another one, another world (0)")
     flag("--segments", help="extract: AudioSet's, AudioCaps' or VGGSound's table")
     flag("--videos", help="extract: folder of the videos")
     flag("--data", default="audioset", help="stats: a dataset's name or its folder")

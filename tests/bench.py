@@ -1,6 +1,6 @@
 """How fast is it here? Each figure beside its yardstick, measured in turn; one table at the end.
 
-    python tests/bench.py        # under ten minutes on two cores; on CUDA also what only a GPU shows
+    python tests/bench.py      # under ten minutes on two cores; on CUDA also what only a GPU shows
 """
 import argparse
 import os
@@ -15,19 +15,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import data  # noqa: E402, I001  before torch: it sets OpenMP's environment
-import clip_load  # noqa: E402
-import curate  # noqa: E402
-import model  # noqa: E402
-import pretrain  # noqa: E402
+import data  # before torch: it sets OpenMP's environment
+import clip_load
+import curate
+import model
+import pretrain
 
-import av  # noqa: E402
-import numpy as np  # noqa: E402
-import soundfile  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from torch import nn  # noqa: E402
-from torchaudio.compliance import kaldi  # noqa: E402
+import av
+import numpy as np
+import soundfile
+import torch
+import transformers
+from torch import nn
+from torchaudio.compliance import kaldi
 
 AUDIO = {"input_size": (1000, 128), "patch": 32, "stride": (16, 24), "channels": 1, "width": 768,
          "layers": 12, "heads": 12, "output_dim": 512}
@@ -58,7 +58,6 @@ def paired(one, other, rounds=5):
 
 
 # ----------------------------------------------------------------------------------- the step
-
 class Reference(nn.TransformerEncoder):
     """PyTorch's own Transformer, of the audio encoder's size."""
 
@@ -95,36 +94,28 @@ def training_step(reference, batch, bf16, device="cpu", recompute=False, compile
     return step
 
 
-def peak_memory(reference, recompute, batch):
-    """GiB of a process that takes two steps; printed by that process (see main)."""
-    step = training_step(reference, batch, bf16=False, recompute=recompute)
-    step(), step()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if MACOS else 20)
-
-
-MACOS = sys.platform == "darwin"
+def peak_memory(batch, *flags):
+    """GiB of a process of its own that takes two steps (see main)."""
+    command = [sys.executable, __file__, "--memory", str(batch), *flags]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def bench_step(batch=8):
-    def in_a_process(*flags, batch=batch):
-        command = [sys.executable, __file__, "--memory", str(batch), *flags]
-        return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-    ours, theirs = in_a_process(), in_a_process("--reference")
-    row("peak memory of the step, batch 8", f"{ours:.2f} GiB", f"{theirs:.2f} nn.TransformerEncoder",
-        f"{ours / theirs:.3f}")
-    plain, recomputed = in_a_process(batch=16), in_a_process("--recompute", batch=16)
+    ours, theirs = peak_memory(batch), peak_memory(batch, "--reference")
+    row("peak memory of the step, batch 8", f"{ours:.2f} GiB",
+        f"{theirs:.2f} nn.TransformerEncoder", f"{ours / theirs:.3f}")
+    plain, recomputed = peak_memory(16), peak_memory(16, "--recompute")
     row("the same at batch 16 with --recompute", f"{recomputed:.2f} GiB", f"{plain:.2f} without",
         f"{recomputed / plain:.3f}")
     for bf16 in (False, True):
-        ours, theirs, ratio = paired(training_step(False, batch, bf16),
-                                     training_step(True, batch, bf16), rounds=3)
-        row(f"the paper's step, batch 8, {'bf16' if bf16 else 'fp32'}", f"{batch / ours:.2f} clips/s",
-            f"{batch / theirs:.2f} nn.TransformerEncoder", f"{ratio:.3f}")
+        steps = [training_step(reference, batch, bf16) for reference in (False, True)]
+        ours, theirs, ratio = paired(*steps, rounds=3)
+        row(f"the paper's step, batch 8, {'bf16' if bf16 else 'fp32'}",
+            f"{batch / ours:.2f} clips/s", f"{batch / theirs:.2f} nn.TransformerEncoder",
+            f"{ratio:.3f}")
 
 
 # ---------------------------------------------------------------------------------- the input
-
 def kaldi_fbank(wave, rate):
     return kaldi.fbank((wave - wave.mean())[None], sample_frequency=rate, htk_compat=True,
                        use_energy=False, num_mel_bins=128, window_type="hanning", dither=0.0,
@@ -159,8 +150,8 @@ def bench_decoding():
     rate, front_end = 44_100, data.FrontEnd()
     with tempfile.TemporaryDirectory() as folder:
         rng = np.random.default_rng(0)
-        wave = 0.3 * np.sin(np.cumsum(rng.normal(0.1, 0.01, 10 * rate))) + rng.normal(0, 0.01, 10 * rate)
-        wave = wave.astype(np.float32).clip(-1, 1)
+        wave = 0.3 * np.sin(np.cumsum(rng.normal(0.1, 0.01, 10 * rate)))
+        wave = (wave + rng.normal(0, 0.01, 10 * rate)).astype(np.float32).clip(-1, 1)
         soundfile.write(f"{folder}/x.wav", wave, rate, "PCM_16")
         soundfile.write(f"{folder}/x.ogg", wave, rate)
         write_mp3(f"{folder}/x.mp3", wave, rate)
@@ -190,7 +181,6 @@ def bench_tokenizer():
 
 
 # --------------------------------------------------------------------------------------- mining
-
 def bench_mining(frames, captions, device):
     rng = torch.Generator().manual_seed(0)
     images = pretrain.unit(torch.randn(frames, 512, generator=rng)).to(device)
@@ -206,7 +196,6 @@ def bench_mining(frames, captions, device):
 
 
 # ------------------------------------------------------------------------- what only a GPU shows
-
 def bench_cuda(batch=432):
     device = torch.device("cuda")
     with torch.autocast("cuda", torch.bfloat16):
@@ -233,7 +222,8 @@ def bench_cuda(batch=432):
         exact = encoder(x)
         with torch.autocast("cuda", torch.bfloat16):
             rounded = encoder(x)
-    row("cosine of bf16 embeddings with fp32", f"{torch.cosine_similarity(exact, rounded).min():.5f}")
+    worst = torch.cosine_similarity(exact, rounded).min()
+    row("cosine of bf16 embeddings with fp32", f"{worst:.5f}")
     host = torch.randn(batch, data.FrontEnd().samples).pin_memory()
     step, copies = training_step(False, batch, True, device), [host.to(device)]
 
@@ -254,7 +244,10 @@ def main():
     parser.add_argument("--recompute", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory:
-        print(peak_memory(args.reference, args.recompute, args.memory))
+        step = training_step(args.reference, args.memory, bf16=False, recompute=args.recompute)
+        step(), step()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        print(peak / 2 ** (30 if sys.platform == "darwin" else 20))
         return
     bench_step()
     bench_filterbanks()
@@ -263,12 +256,8 @@ def main():
     bench_mining(10_000, 100_000, "cpu")
     if torch.cuda.is_available():
         bench_cuda()
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(": ")[1] for line in lines if line.startswith("model name")), cpu)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    print(f"\n{cpu}, {os.cpu_count()} cores, {gpu}, torch {torch.__version__}\n")
+    print(f"\n{platform.machine()}, {os.cpu_count()} cores, {gpu}, torch {torch.__version__}\n")
     print("| what | here | yardstick | ratio, above 1 is faster |\n|---|---|---|---|")
     for cells in ROWS:
         print(f"| {' | '.join(cells)} |")

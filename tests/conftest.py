@@ -9,12 +9,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import data  # noqa: E402, I001  before torch: it sets OpenMP's environment
-import clip_load  # noqa: E402
-import model  # noqa: E402
+import data  # before torch: it sets OpenMP's environment
+import clip_load
+import model
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
 torch.set_num_threads(1)
 

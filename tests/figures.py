@@ -15,17 +15,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import data  # noqa: E402, I001  before torch: it sets OpenMP's environment
-import clip_load  # noqa: E402
-import evaluate  # noqa: E402
-import pretrain  # noqa: E402
+import data  # before torch: it sets OpenMP's environment
+import clip_load
+import evaluate
+import pretrain
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-from PIL import Image  # noqa: E402
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
 
 FROZEN, LEARNED = "#7a7a7a", "#c8382e"
+CPU = torch.device("cpu")
 
 
 def blank(width, height):
@@ -77,7 +78,7 @@ def idea(path, clip, text, front_end):
             (1.5, 2.5, "1  learned: the encoder's\nembedding of a sound matches\nCLIP's of a frame",
              LEARNED),
             (4.5, 1.37, "there without a single pair,\nfor both are near the image", LEARNED),
-            (4.5, 0.45, "2  sharpened with captions that CLIP\npicks for the clip's frames", LEARNED)):
+            (4.5, 0.45, "2  sharpened with captions that\nCLIP picks for the frames", LEARNED)):
         axes.text(x, y, words, color=colour, ha="center", va="center", fontsize=10)
     inner = {}
     for name, (x, y, width, height) in boxes.items():
@@ -149,15 +150,15 @@ def grid(path, recording):
 
 def similarity(path, model, clips, texts):
     """Cosines of every sound with every text, before training (CLIP's eye listens) and after."""
-    config = model.encoder.config
+    config = model.learner.audio_encoder.config
     untrained = clip_load.audio_encoder_from_clip(model.clip, *config["input_size"],
                                                   config["stride"])
     targets = model.embed_texts(texts)                                           # (N, D)
     figure = blank(9, 4.6)
-    for axes, encoder, title in zip(figure.subplots(1, 2), (untrained, model.encoder),
+    for axes, encoder, title in zip(figure.subplots(1, 2), (untrained, model.learner.audio_encoder),
                                     ("CLIP's eye, untrained", "after")):
-        learner = pretrain.AudioLearner(encoder.eval(), model.front_end)
-        audio = learner.embed([clip.audio for clip in clips], torch.device("cpu"))
+        learner = pretrain.AudioLearner(encoder.eval(), model.learner.front_end)
+        audio = learner.embed([clip.audio for clip in clips], CPU)
         cosines = audio @ targets.T                                              # (N, N)
         own = (cosines.argmax(1) == torch.arange(len(cosines))).float().mean().item()
         drawn = axes.imshow(cosines - cosines.mean(), cmap="RdBu_r", vmin=-0.8, vmax=0.8,
@@ -171,13 +172,14 @@ def similarity(path, model, clips, texts):
 def retrieval(path, model, clips, texts, count=4):
     """What is found for sounds spread evenly over the set: the sound, its frame, five texts."""
     paths = [clip.audio for clip in clips]
-    audio = pretrain.AudioLearner(model.encoder, model.front_end).embed(paths, torch.device("cpu"))
+    audio = model.learner.embed(paths, CPU)
     cosines = audio @ model.embed_texts(texts).T                                 # (N, N)
     figure = blank(9, 1.35 * count)
     rows = figure.subplots(count, 3, width_ratios=(2, 1.2, 5))
     for (left, middle, right), i in zip(rows, np.linspace(0, len(clips) - 1, count).round()):
         i = int(i)
-        show_sound(left, filterbanks(clips[i].audio, model.front_end), model.front_end.seconds)
+        front_end = model.learner.front_end
+        show_sound(left, filterbanks(clips[i].audio, front_end), front_end.seconds)
         show_frame(middle, clips[i])
         for axes in (left, middle, right):
             axes.axis("off")
@@ -196,13 +198,13 @@ def main():
     parser.add_argument("--out", default="assets", help="folder of the pictures")
     args = parser.parse_args()
     out, checkpoint = Path(args.out), Path(args.checkpoint)
-    model = evaluate.Model(checkpoint, torch.device("cpu"), workers=0)
+    model = evaluate.Model(checkpoint, CPU)
     clips = data.read_split("toy", "data/toy", "test", need=("audio", "frames", "captions"))
     clips = clips[:144]  # each thing once
     texts = [clip.captions[0] for clip in clips]
-    idea(out / "idea.png", clips[90], texts[90], model.front_end)
+    idea(out / "idea.png", clips[90], texts[90], model.learner.front_end)
     training(out / "training.png", checkpoint.with_name("log.jsonl"))
-    spectrogram(out / "spectrogram.png", clips[90].audio, model.front_end)
+    spectrogram(out / "spectrogram.png", clips[90].audio, model.learner.front_end)
     similarity(out / "similarity.png", model, clips, texts)
     retrieval(out / "retrieval.png", model, clips, texts)
     if args.recording:

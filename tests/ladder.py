@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import data  # noqa: I001  before torch: it sets OpenMP's environment
+import data  # before torch: it sets OpenMP's environment
 import curate
 import evaluate
 import finetune
@@ -168,14 +168,15 @@ def main():
     runs = [climb(seed, curated) for seed in range(args.seeds)]
     seeds = range(args.seeds)
     first = [folder_of(row, 0) / "checkpoint.pt" for row in ("vip-AnT", "VA-Rand")]
-    command("evaluate.py", "--task", "curve", "--checkpoint", *first, "--out", OUT)      # Fig. 5
+    # Fig. 5, 7, 10
+    command("evaluate.py", "--task", "curve", "--checkpoint", *first, "--out", OUT)
     few = [folder_of(row, seed) / "checkpoint.pt" for seed in seeds for row in ROWS
            if row.startswith("GC")]
-    command("evaluate.py", "--task", "scaling", "--data", "toy", "--target", 90, "--checkpoint", *few,
-            "--out", OUT)                                                                # Fig. 7
+    command("evaluate.py", "--task", "scaling", "--data", "toy", "--target", 90, "--out", OUT,
+            "--checkpoint", *few)
     pivoted = [folder_of(row, 0) / "checkpoint.pt" for row in ("vip-AnT", "GC")]
-    command("evaluate.py", "--task", "pivot", "--data", "toy", "--checkpoint", *pivoted, "--out",
-            OUT)                                                                         # Fig. 10
+    command("evaluate.py", "--task", "pivot", "--data", "toy", "--out", OUT, "--checkpoint",
+            *pivoted)
     minutes = (time.time() - began) / 60
     print(f"\ntoy world {args.world}, {args.seeds} seed(s), mean ± std in %; {minutes:.1f} min")
     report(runs)

@@ -1,9 +1,7 @@
-"""Sound, filterbanks, images, readers, videos: what people have on disk becomes the right tensors."""
-import io
+"""What people have on disk becomes the right tensors: sound, images, tables, videos."""
 import itertools
 import json
 import random
-import shutil
 import struct
 import time
 from pathlib import Path
@@ -27,40 +25,36 @@ def chirp(seconds, rate=RATE):
     return (0.5 * np.sin(2 * np.pi * (300 + 50 * t) * t)).astype(np.float32)
 
 
-def encode(path, wave, codec, rate=RATE, container=None, **options):
-    """Write a mono sound with FFmpeg's encoder; path may be a file object."""
-    with av.open(path, "w", format=container, options=options) as file:
-        stream = file.add_stream(codec, rate=rate)
-        stream.layout = "mono"
-        size = stream.codec_context.frame_size or 1024
+def encode(path, wave, codec="libmp3lame", rate=RATE):
+    """Write a mono sound with FFmpeg's encoder, MP3 without a header that says its length."""
+    with av.open(str(path), "w", options={"write_xing": "0", "id3v2_version": "0"}) as file:
+        stream = file.add_stream(codec, rate=rate, layout="mono")
         to = av.AudioResampler(format=stream.format.name, layout="mono", rate=rate)
+        size = stream.codec_context.frame_size or 1024
         for i in range(0, len(wave), size):
             frame = av.AudioFrame.from_ndarray(wave[None, i:i + size], format="flt", layout="mono")
             frame.sample_rate, frame.pts = rate, i
-            for part in to.resample(frame):
-                file.mux(stream.encode(part))
+            file.mux(stream.encode(to.resample(frame)[0]))
         file.mux(stream.encode(None))
 
 
 # -------------------------------------------------------------------------------- filterbanks
-def kaldis(wave, rate):
-    return kaldi.fbank(wave[None], sample_frequency=rate, htk_compat=True, use_energy=False,
-                       window_type="hanning", num_mel_bins=128, dither=0.0, frame_shift=10)
+def differs_from_kaldis(wave, rate):
+    theirs = kaldi.fbank(wave[None], sample_frequency=rate, htk_compat=True, use_energy=False,
+                         window_type="hanning", num_mel_bins=128, dither=0.0, frame_shift=10)
+    return (fbank(wave[None], rate)[0] - theirs).abs().max()
 
 
 @pytest.mark.parametrize("rate", [8000, 16_000, 22_050, 44_100, 48_000])
 def test_filterbanks_are_kaldis(rate):
-    waves = 0.1 * torch.randn(3, rate, generator=torch.Generator().manual_seed(rate))
-    for wave, banks in zip(waves, fbank(waves, rate)):
-        torch.testing.assert_close(banks, kaldis(wave, rate), atol=1e-4, rtol=0)
+    noise = 0.1 * torch.randn(rate, generator=torch.Generator().manual_seed(rate))
+    assert differs_from_kaldis(noise, rate) < 1e-4
 
 
 def test_filterbanks_of_recordings_are_kaldis(shared):
     clips = read_split("esc50", shared / "data/esc10")[::25]
-    assert len(clips) > 3
     for clip, rate in itertools.product(clips, (RATE, 44_100)):
-        wave = load_audio(clip.audio, rate)
-        torch.testing.assert_close(fbank(wave[None], rate)[0], kaldis(wave, rate), atol=1e-3, rtol=0)
+        assert differs_from_kaldis(load_audio(clip.audio, rate), rate) < 1e-3
 
 
 @pytest.mark.parametrize("hertz", [300, 1000, 5000])
@@ -74,9 +68,8 @@ def test_a_tone_lights_its_mel_bin(hertz):
 def test_short_clips_are_padded_before_normalising():
     front_end = data.FrontEnd(RATE, 32, frames=100, mean=-4.0, std=2.0)
     wave, length = front_end.pad(torch.from_numpy(chirp(0.5)))
-    x = front_end(wave[None], torch.tensor([length]))                            # (1, 1, T, F)
-    assert x.shape == (1, 1, 100, 32)
-    assert (x[0, 0, 48:] == 2).all() and (x[0, 0, :48] != 2).all()  # (0 - mean) / std
+    x = front_end(wave[None], torch.tensor([length]))[0, 0]                      # (T, F)
+    assert (x[48:] == 2).all() and (x[:48] != 2).all()  # (0 - mean) / std
 
 
 def test_masks_are_bands_of_zeros_where_the_draws_say():
@@ -90,79 +83,61 @@ def test_masks_are_bands_of_zeros_where_the_draws_say():
 
 def test_preprocessing_is_clips(shared):
     golden = np.load(shared / "golden/preprocess.npz")
-    for i in range(4):
-        ours = data.preprocess_image(Image.fromarray(golden[f"image_{i}"])).numpy()
-        assert np.abs(ours - golden[f"output_{i}"]).max() * 0.26 <= 2 / 255
-    grey = data.preprocess_image(Image.fromarray(golden["gray"])).numpy()
-    assert np.abs(grey - golden["gray_output"]).max() * 0.26 <= 2 / 255
+    names = {f"image_{i}": f"output_{i}" for i in range(4)} | {"gray": "gray_output"}
+    for image, output in names.items():
+        ours = data.preprocess_image(Image.fromarray(golden[image])).numpy()
+        assert np.abs(ours - golden[output]).max() * 0.26 <= 2 / 255  # std of CLIP's pixels
 
 
 # -------------------------------------------------------------------------------------- sound
 def make_sounds(folder):
-    """The same 3 s of sound in every kind of file: yields (path, how much samples may differ)."""
+    """The same 3 s in every kind of file -> {path: how far samples may be off}; 0.1: and moved."""
     wave = chirp(3)
-    for kind, loss in (("PCM_16", 1e-4), ("PCM_24", 1e-6), ("PCM_U8", 0.01), ("FLOAT", 0),
-                       ("DOUBLE", 0), ("ULAW", 0.03), ("IMA_ADPCM", 0.3), ("GSM610", 0.3)):
-        soundfile.write(folder / f"{kind}.wav", wave, RATE, kind)
-        yield folder / f"{kind}.wav", loss
+    made = {"PCM_16": 1e-4, "PCM_24": 1e-6, "PCM_U8": 0.01, "FLOAT": 0, "ULAW": 0.03, "GSM610": 0.3}
+    for kind in made:
+        soundfile.write(folder / kind, wave, RATE, kind, format="WAV")
     soundfile.write(folder / "stereo.wav", np.stack([wave, -wave], 1), RATE)
-    soundfile.write(folder / "big.aiff", wave, RATE)
-    soundfile.write(folder / "x.flac", wave, RATE)
-    raw = bytearray((folder / "x.flac").read_bytes())
-    raw[21] &= 0xF0
-    raw[22:26] = bytes(4)  # as an encoder leaves it that writes into a pipe
-    (folder / "piped.flac").write_bytes(raw)
-    raw[22:26] = (RATE).to_bytes(4, "big")
-    (folder / "lies.flac").write_bytes(raw)
-    for name in ("stereo.wav", "big.aiff", "x.flac", "piped.flac", "lies.flac"):
-        yield folder / name, 1e-4
-    right = (folder / "PCM_16.wav").read_bytes()
-    for name, riff, size in (("piped", 2 ** 32 - 1, 2 ** 32 - 1), ("never closed", 0, 0),
-                             ("third", 32_036, 32_000), ("cut off", 192_036, 192_000),
-                             ("only data lies", 96_036, 32_000)):
-        lie = right[:4] + struct.pack("<I", riff) + right[8:40] + struct.pack("<I", size) + right[44:]
-        (folder / f"{name}.wav").write_bytes(lie)
-        yield folder / f"{name}.wav", 1e-4
-    for name, codec in (("x.m4a", "aac"), ("x.aac", "aac"), ("x.mp3", "libmp3lame"),
-                        ("mp3.wav", "libmp3lame"), ("x.mp2", "mp2")):
-        encode(str(folder / name), wave, codec)
-        yield folder / name, 0.1
-    encode(str(folder / "x.webm"), chirp(3, 48_000), "libopus", 48_000)
-    shutil.copy(folder / "x.webm", folder / "really webm.mp3")
-    shutil.copy(folder / "x.m4a", folder / "no ending")
-    cover = b"APIC" + struct.pack(">I", 9000) + bytes(2 + 9000)
-    tag = b"ID3\3\0\0" + bytes([0, 0, len(cover) >> 7, len(cover) & 127]) + cover
-    encode(str(folder / "bare.mp3"), wave, "libmp3lame", write_xing="0", id3v2_version="0")
-    (folder / "cover.mp3").write_bytes(tag + (folder / "bare.mp3").read_bytes())
-    encode(str(folder / "title.mka"), wave, "flac")
-    for name in ("x.webm", "really webm.mp3", "no ending", "cover.mp3", "title.mka"):
-        yield folder / name, 0.1
+    right = (folder / "PCM_16").read_bytes()
+    sizes = {"piped.wav": (2 ** 32 - 1, 2 ** 32 - 1), "never closed.wav": (0, 0),
+             "cut off.wav": (192036, 192000), "only data lies.wav": (96036, 32000)}
+    for name, (riff, size) in sizes.items():
+        riff, size = struct.pack("<I", riff), struct.pack("<I", size)
+        (folder / name).write_bytes(right[:4] + riff + right[8:40] + size + right[44:])
+    for name in ("x.aiff", "x.flac", "1.ogg", "2.ogg"):
+        parts = {"1": wave[:RATE], "2": wave[RATE:], "x": wave}
+        soundfile.write(folder / name, parts[name[0]], RATE)
+    flac = (folder / "x.flac").read_bytes()
+    for name, samples in (("piped.flac", 0), ("lies.flac", RATE)):
+        (folder / name).write_bytes(flac[:22] + samples.to_bytes(4, "big") + flac[26:])
+    exact = [*sizes, "stereo.wav", "x.aiff", "x.flac", "piped.flac", "lies.flac"]
+    codecs = {"x.m4a": "aac", "x.aac": "aac", "x.mp3": "libmp3lame", "mp3.wav": "libmp3lame"}
+    for name, codec in codecs.items():
+        encode(folder / name, wave, codec)
+    encode(folder / "x.webm", chirp(3, 48_000), "libopus", 48_000)
+    encode(folder / "1.mp3", chirp(3, 44_100)[:44_100], rate=44_100)
+    encode(folder / "2.mp3", chirp(3, 22_050)[22_050:], rate=22_050)
+    # a title in Latin-1 that calls itself UTF-8, and a cover of 9 kB
+    tag = b"TIT2" + struct.pack(">IH", 6, 0) + b"\3\xe9\xff\x80\x81\xfe"
+    tag += b"APIC" + struct.pack(">IH", 9000, 0) + bytes(9000)
+    (folder / "tag").write_bytes(b"ID3\3\0\0\0\0" + bytes([len(tag) >> 7, len(tag) & 127]) + tag)
+    copies = {"really webm.mp3": ["x.webm"], "no ending": ["x.m4a"], "cover.mp3": ["tag", "x.mp3"],
+              "two.mp3": ["1.mp3", "2.mp3"], "chained.ogg": ["1.ogg", "2.ogg"]}
+    for name, parts in copies.items():
+        (folder / name).write_bytes(b"".join((folder / part).read_bytes() for part in parts))
+    made |= dict.fromkeys(exact, 1e-4) | dict.fromkeys([*codecs, *copies, "x.webm"], 0.1)
+    return {folder / name: loss for name, loss in made.items()}
 
 
 def test_every_kind_of_file_gives_the_same_sound(tmp_path):
     wave = chirp(3)
-    for path, loss in make_sounds(tmp_path):
+    for path, loss in make_sounds(tmp_path).items():
         heard = load_audio(path, RATE).numpy()
-        assert abs(len(heard) - 3 * RATE) < 0.1 * RATE, path  # a codec may pad
-        middle = heard[RATE:2 * RATE]
+        assert abs(len(heard) - 3 * RATE) < 0.15 * RATE, path  # codecs pad
         away = []
         for shift in range(-2400, 2400) if loss == 0.1 else [0]:  # or begin a little late
-            away.append(np.abs(middle[::50] - wave[RATE + shift:2 * RATE + shift:50]).max())
+            right = wave[24_000 + shift:40_000 + shift]
+            away.append(np.abs(heard[24_000:40_000:50] - right[::50]).max())
         assert min(away) <= loss, path
-
-
-def test_two_files_in_one_are_heard_to_the_end(tmp_path):
-    parts = []
-    for seconds, rate in ((1, 44_100), (2, 22_050)):
-        file = io.BytesIO()
-        encode(file, chirp(seconds, rate), "libmp3lame", rate, "mp3", write_xing="0")
-        parts.append(file.getvalue())
-    (tmp_path / "two.mp3").write_bytes(b"".join(parts))
-    assert abs(len(load_audio(tmp_path / "two.mp3", RATE)) - 3 * RATE) < 0.2 * RATE
-    file = io.BytesIO()
-    soundfile.write(file, chirp(1, 44_100), 44_100, format="OGG")
-    (tmp_path / "chained.ogg").write_bytes(3 * file.getvalue())
-    assert abs(len(load_audio(tmp_path / "chained.ogg", RATE)) - 3 * RATE) < 0.1 * RATE
 
 
 def test_what_can_not_be_heard_is_named(tmp_path):
@@ -175,8 +150,7 @@ def test_what_can_not_be_heard_is_named(tmp_path):
         soundfile.write(path, wave, RATE, "FLOAT")
         with pytest.raises(Unreadable, match=f"{name}.wav.*{why}"):
             load_audio(path, RATE)
-    (tmp_path / "text.mp3").write_text("no sound at all")
-    for name in ("text.mp3", "missing.wav", "."):
+    for name in ("missing.wav", "."):
         with pytest.raises(Unreadable):
             load_audio(tmp_path / name, RATE)
 
@@ -188,12 +162,10 @@ def test_windows_overlap_by_half_and_end_where_the_file_ends(tmp_path):
         wave = chirp(seconds)
         soundfile.write(path, wave, RATE, "FLOAT")
         windows = list(audio_windows(path, RATE, 1.0))
-        times = [[round(start, 3), round(end, 3)] for start, end, _ in windows]
-        np.testing.assert_allclose(times, expected, atol=1e-3)
+        np.testing.assert_allclose([window[:2] for window in windows], expected, atol=1e-3)
         for start, end, heard in windows:
-            begin = round(start * RATE)
-            np.testing.assert_array_equal(heard.numpy(), wave[begin:begin + len(heard)])
-            assert abs(len(heard) / RATE - (end - start)) < 1e-4
+            right = wave[round(start * RATE):round(end * RATE)]
+            np.testing.assert_array_equal(heard.numpy(), right)
     soundfile.write(path, np.zeros(3 * RATE), RATE)
     with pytest.raises(Unreadable, match="silent"):
         list(audio_windows(path, RATE, 1.0))
@@ -203,12 +175,7 @@ def test_windows_overlap_by_half_and_end_where_the_file_ends(tmp_path):
 IDS = ("AbCdEfGh001", "-bCdEfGh002", "_bCdEfGh003")
 
 
-def touch(path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
-
-
-def write(path, text):
+def write(path, text=""):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
 
@@ -218,7 +185,7 @@ def test_audioset_as_published(tmp_path):
           '1,/m/2,"Dog, barking"\n')
     write(tmp_path / "eval_segments.csv", "# a\n# b\n# YTID, start_seconds, end_seconds, labels\n"
           f'{IDS[0]}, 30.000, 40.000, "/m/1,/m/2"\n{IDS[1]}, 0.000, 9.500, "/m/2"\n')
-    touch(tmp_path / "audio" / f"{IDS[0]}_30.wav")
+    write(tmp_path / "audio" / f"{IDS[0]}_30.wav")
     clips = read_split("audioset", tmp_path)
     assert [clip.id for clip in clips] == [f"{IDS[0]}_30", f"{IDS[1]}_0"]
     assert clips[0].labels == ("Speech", "Dog, barking") and clips[1].labels == ("Dog, barking",)
@@ -235,8 +202,8 @@ def test_audioset_as_published(tmp_path):
 def test_audiocaps_clips_are_found_under_downloaders_names(tmp_path, name):
     table = "".join(f'103549,{IDS[1]},30,"a dog, {i}"\n' for i in range(5))
     write(tmp_path / "test.csv", "\ufeffaudiocap_id,youtube_id,start_time,caption\r\n" + table)
-    touch(tmp_path / "audio" / f"{name.format(id=IDS[1])}.M4A")
-    touch(tmp_path / "audio" / f"{IDS[1]}_50_60.wav")  # of another clip
+    write(tmp_path / "audio" / f"{name.format(id=IDS[1])}.M4A")
+    write(tmp_path / "audio" / f"{IDS[1]}_50_60.wav")  # of another clip
     clip, = read_split("audiocaps", tmp_path)
     assert clip.captions == tuple(f"a dog, {i}" for i in range(5))
     assert clip.audio.endswith(f"{name.format(id=IDS[1])}.M4A")
@@ -244,25 +211,25 @@ def test_audiocaps_clips_are_found_under_downloaders_names(tmp_path, name):
 
 def test_other_datasets_as_published(tmp_path):
     write(tmp_path / "v/vggsound.csv", f'{IDS[0]},30,"dog, barking",test\n{IDS[1]},1,rain,train\n')
-    touch(tmp_path / "v/audio" / f"{IDS[0]}_000030.flac")
+    write(tmp_path / "v" / f"{IDS[0]}_000030.flac")
     clip, = read_split("vggsound", tmp_path / "v")
     assert clip.labels == ("dog, barking",) and clip.audio
-    names = ["Cafe\u0301  1.wav", "#2.wav", "3.WAV"]  # NFD, two blanks
-    captions = ",".join(f"caption_{i}" for i in range(1, 6))
-    write(tmp_path / "c/clotho_captions_evaluation.csv", f"file_name,{captions}\n" + "".join(
-        f"{name},a,b,c,d,e\n" for name in (" Caf\u00e9 1.wav", "#2.wav", "3.wav")))
-    for name in names:
-        touch(tmp_path / "c/evaluation" / name)
+    names = {" Caf\u00e9 1.wav": "Cafe\u0301  1.wav", "#2.wav": "#2.wav", "3.wav": "3.WAV"}
+    header = "file_name,caption_1,caption_2,caption_3,caption_4,caption_5\n"
+    rows = "".join(f"{name},a,b,c,d,e\n" for name in names)
+    write(tmp_path / "c/clotho_captions_evaluation.csv", header + rows)
+    for name in names.values():
+        write(tmp_path / "c/evaluation" / name)
     clips = read_split("clotho", tmp_path / "c")
-    assert [Path(clip.audio).name for clip in clips] == names
+    assert [Path(clip.audio).name for clip in clips] == list(names.values())
     assert clips[0].captions == ("a", "b", "c", "d", "e")
     write(tmp_path / "e/meta/esc50.csv", "filename,fold,target,category,esc10,src_file,take\n"
           "1-9-A-0.wav,2,0,sea_waves,True,9,A\n")
     clip, = read_split("esc50", tmp_path / "e")
     assert clip == data.Clip("1-9-A-0.wav", str(tmp_path / "e/audio/1-9-A-0.wav"),
                              labels=("sea waves",), fold=2, easy=True)
-    write(tmp_path / "u/UrbanSound8K/metadata/UrbanSound8K.csv", "slice_file_name,fsID,start,end,"
-          "salience,fold,classID,class\n7-3-0-0.wav,7,0,4,1,10,3,dog_bark\n")
+    write(tmp_path / "u/UrbanSound8K/metadata/UrbanSound8K.csv",
+          "slice_file_name,fsID,fold,class\n7-3-0-0.wav,7,10,dog_bark\n")
     clip, = read_split("us8k", tmp_path / "u")
     assert clip.audio.endswith("audio/fold10/7-3-0-0.wav") and clip.labels == ("dog bark",)
     write(tmp_path / "m/annotations/captions_val2014.json",
@@ -271,7 +238,7 @@ def test_other_datasets_as_published(tmp_path):
 
 
 def test_an_index_of_ones_own_and_the_authors(tmp_path):
-    touch(tmp_path / "audio/x.WAV")
+    write(tmp_path / "audio/x.WAV")
     rows = [{"id": 0, "audio": "audio\\x.wav", "captions": "one", "labels": ["a"], "other": 1},
             {"id": "b", "dir": "0-9", "aclip": ["wav"], "frame": "jpg", "bos": 1, "eos": 2}]
     write(tmp_path / "test.jsonl", "\ufeff" + "\r\n".join(map(json.dumps, rows)))
@@ -291,11 +258,9 @@ HEADER = "audiocap_id,youtube_id,start_time,caption\n"
     ("test.csv", HEADER + "1,#NAME?,30,a dog\n", "test.csv:2: '#NAME.'"),
     ("test.csv", HEADER + f"1,{IDS[0]},soon,a dog\n", "test.csv:2: .*soon"),
     ("test.csv", "id;text\n1;a dog\n", "test.csv:1: needed are youtube_id.*'id', 'text'"),
-    ("test.csv", HEADER, "test.csv: no rows"),
     ("test.csv", HEADER.encode("utf-16"), "test.csv: not text in UTF-8"),
     ("test.jsonl", '{"id": 1, "audio": "x", "captions": ["a"]}\n[]\n', "test.jsonl:2: .*each line"),
     ("test.jsonl", '{"id": 1, "caption": "a"}\n', "jsonl:1: .*lacks captions; has caption, id"),
-    ("test.jsonl", '{"captions": ["a"]}\n', "jsonl:1: .*lacks id; has captions"),
     ("test.jsonl", '{"id": 1, "captions": [1]}\n', "jsonl:1: .*captions must be a list"),
     ("test.jsonl", 2 * '{"id": 1, "captions": "a"}\n', "jsonl:2: .*second clip"),
     ("test.jsonl", "[" * 9000, "test.jsonl:1: "),
@@ -316,40 +281,37 @@ def test_what_is_not_there_comes_with_the_way_to_get_it(tmp_path):
 def test_what_audiocaps_tests_is_held_out(tmp_path):
     clips = [data.Clip(f"{name}_10") for name in IDS]
     assert data.held_out_by_audiocaps(clips, tmp_path, tmp_path) == [False] * 3  # one's own
-    touch(tmp_path / "eval_segments.csv")
+    write(tmp_path / "eval_segments.csv")
     with pytest.raises(FileNotFoundError, match="--leave-out none"):
         data.held_out_by_audiocaps(clips, tmp_path, tmp_path)
-    for split, name in (("val", IDS[0]), ("test", IDS[2])):
-        write(tmp_path / f"{split}.csv", HEADER + f"1,{name},30,a dog\n")
+    write(tmp_path / "val.csv", HEADER + f"1,{IDS[0]},30,a dog\n")
+    write(tmp_path / "test.csv", HEADER + f"1,{IDS[2]},30,a dog\n")
     assert data.held_out_by_audiocaps(clips, tmp_path, tmp_path) == [True, False, True]
 
 
 # ------------------------------------------------------------------------------------- videos
-def make_video(path, seconds=8, gop=12, sound=(True,), pictures=True, late=0, size=(64, 48)):
-    """10 pictures a second, a white corner, brighter by 25 each second; tones of 200 + 100·s Hz."""
+def make_video(path, seconds=8, gop=12, sound=(1,), pictures=True, late=0):
+    """10 pictures a second, brighter by 25 in each, a corner white; tones of 200 + 100·s Hz."""
     with av.open(str(path), "w") as file:
-        tracks, packets = [], []
+        packets = []
         if pictures:
-            video = file.add_stream("mpeg4", rate=10, options={"g": str(gop)})
-            video.width, video.height, video.pix_fmt = *size, "yuv420p"
-        for _ in sound:
-            tracks.append(file.add_stream("aac", rate=RATE, layout="mono"))
+            video = file.add_stream("mpeg4", 10, {"g": str(gop)}, width=64, height=48)
+        tracks = [file.add_stream("aac", RATE, layout="mono") for _ in sound]
         for i in range(10 * seconds if pictures else 0):
-            picture = np.full((size[1], size[0], 3), 20 + 25 * (i // 10 % 8), np.uint8)
+            picture = np.full((48, 64, 3), 20 + 25 * (i // 10 % 8), np.uint8)
             picture[:16, :16] = 255
             frame = av.VideoFrame.from_ndarray(picture)
             frame.pts = i
             packets += video.encode(frame)
-        packets += video.encode(None) if pictures else []
         t = np.arange(seconds * RATE) / RATE
         tone = 0.4 * np.sin(2 * np.pi * (200 + 100 * np.floor(t)) * t).astype(np.float32)
         for track, loud in zip(tracks, sound):
             for at in range(0, len(tone), 1024):
-                part = tone[None, at:at + 1024] * loud
-                frame = av.AudioFrame.from_ndarray(part, "fltp", "mono")
+                frame = av.AudioFrame.from_ndarray(tone[None, at:at + 1024] * loud, "fltp", "mono")
                 frame.sample_rate, frame.pts = RATE, at + late * RATE
                 packets += track.encode(frame)
-            packets += track.encode(None)
+        for stream in file.streams:
+            packets += stream.encode(None)
         for packet in sorted(packets, key=lambda packet: packet.dts * packet.time_base):
             file.mux(packet)
 
@@ -381,9 +343,9 @@ def test_a_stretch_is_cut_where_it_lies(tmp_path, ending, gop):
 def test_late_and_silent_sound_tracks(tmp_path):
     make_video(tmp_path / "late.mkv", late=3)
     assert tones(data.cut_audio(tmp_path / "late.mkv", 2, 6, RATE)) == [0, 200, 300, 400]
-    make_video(tmp_path / "two.mkv", sound=(False, True))
+    make_video(tmp_path / "two.mkv", sound=(0, 1))
     assert tones(data.cut_audio(tmp_path / "two.mkv", 2, 4, RATE)) == [400, 500]
-    make_video(tmp_path / "none.mkv", sound=(False,))
+    make_video(tmp_path / "none.mkv", sound=(0,))
     with pytest.raises(Unreadable, match="silent"):
         data.cut_audio(tmp_path / "none.mkv", 2, 4, RATE)
 
@@ -408,7 +370,9 @@ def test_a_folder_of_videos_becomes_a_dataset(tmp_path, run, kill):
     make_video(videos / "apart.m4a", seconds=10, pictures=False)
     (videos / "broken.mp4").write_bytes(b"no video" * 99)
     flags = ["extract", "--videos", videos, "--sample-rate", RATE, "--workers", 1, "--out"]
+    began = time.monotonic()
     said = run("data.py", *flags, tmp_path / "a")
+    took = time.monotonic() - began
     assert "silent.mp4" in said.stderr and "broken.mp4" in said.stderr
     assert "8 done, 2 unreadable" in said.stdout.replace("\n", " ")
     splits = [read_index(tmp_path / "a" / f"{split}.jsonl") for split in ("train", "val")]
@@ -417,11 +381,9 @@ def test_a_folder_of_videos_becomes_a_dataset(tmp_path, run, kill):
     assert len(ids[1]) == 1
     for clip in splits[0] + splits[1]:
         assert 5 <= len(load_audio(clip.audio, RATE)) / RATE <= 10 and len(clip.frames) == 4
-    moments = random.Random(0)
-    killed = 0
-    for _ in range(3):  # and started again it ends as if nothing had been
-        killed += kill(moments.uniform(2, 4), "data.py", *flags, tmp_path / "b")
-    run("data.py", *flags, tmp_path / "b")
+    moments = [took * random.Random(seed).uniform(0.5, 0.9) for seed in range(3)]
+    assert any([kill(moment, "data.py", *flags, tmp_path / "b") for moment in moments])
+    run("data.py", *flags, tmp_path / "b")  # ends as if nothing had been
     files = [path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.*")]
     assert len(files) > 30
     for file in files:
@@ -451,34 +413,29 @@ def test_the_toy_world_is_the_same_for_the_same_seed(world, tmp_path):
 
 
 def test_damaged_files_end_in_a_clear_error(tmp_path, world):
-    rng = random.Random(0)
-    sounds = [path for path, _ in make_sounds(tmp_path)]
-    for ending in ("mp4", "ts", "mkv"):
-        make_video(tmp_path / f"x.{ending}", seconds=3)
-    write(tmp_path / "x.jsonl", (world / "test.jsonl").read_text())
+    rng, sounds = random.Random(0), list(make_sounds(tmp_path))
+    videos = [tmp_path / f"x.{ending}" for ending in ("mp4", "ts", "mkv")]
+    for path in videos:
+        make_video(path, seconds=3)
     write(tmp_path / "x.csv", HEADER + 99 * f"1,{IDS[0]},30,a dog\n")
-    image = next((world / "frames").iterdir())
     readers = [(sounds, lambda path: load_audio(path, RATE)),
                (sounds, lambda path: list(audio_windows(path, RATE, 1.0))),
-               ([tmp_path / f"x.{ending}" for ending in ("mp4", "ts", "mkv")],
-                lambda path: (data.cut_frames(path, [1, 2]), data.cut_audio(path, 1, 2, RATE))),
-               ([image], data.load_image), ([tmp_path / "x.jsonl"], read_index),
-               ([tmp_path / "x.csv"], data.read_segments)]
+               (videos, lambda path: data.cut_frames(path, [1, 2])),
+               (videos, lambda path: data.cut_audio(path, 1, 2, RATE)),
+               (list((world / "frames").iterdir()), data.load_image),
+               ([world / "test.jsonl"], read_index), ([tmp_path / "x.csv"], data.read_segments)]
     began, refused, tries = time.monotonic(), 0, 0
-    while tries < 400 and time.monotonic() - began < 15:
+    while tries < 500 and time.monotonic() - began < 15:
         paths, read = readers[tries % len(readers)]
-        path = rng.choice(paths)
-        raw = bytearray(path.read_bytes())
+        raw = bytearray(rng.choice(paths).read_bytes())
         for _ in range(rng.choice((1, 10, 100))):
             raw[rng.randrange(rng.choice((60, len(raw))))] = rng.randrange(256)
-        if rng.random() < 0.3:
-            del raw[rng.randrange(len(raw)):]
-        damaged = tmp_path / f"damaged{path.suffix}"
-        damaged.write_bytes(raw)
+        damaged = tmp_path / "damaged"
+        damaged.write_bytes(raw[:rng.choice((len(raw), rng.randrange(len(raw))))])
+        tries += 1
         try:
             read(damaged)
         except ValueError as error:  # Unreadable is one
             refused += 1
             assert "damaged" in str(error)
-        tries += 1
     assert tries > 100 and 0 < refused < tries

@@ -1,4 +1,4 @@
-"""README.md keeps its word: each of its commands runs on a small toy world, or says what it lacks."""
+"""README.md keeps its word: each command runs on a small toy world, or says what it lacks."""
 import json
 import re
 import shlex
@@ -40,8 +40,8 @@ def run(line, cwd):
     words = [word for word in shlex.split(line)[1:] if not word.startswith("--nproc")]
     words = [str(conftest.ROOT / word) if word.endswith(".py") else word for word in words]
     alone = {"HOME": str(cwd), "https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
-    return subprocess.run([sys.executable, *words], cwd=cwd, env=conftest.ENVIRONMENT | alone, text=True,
-                          capture_output=True, timeout=300, check=False)
+    return subprocess.run([sys.executable, *words], cwd=cwd, env=conftest.ENVIRONMENT | alone,
+                          text=True, capture_output=True, timeout=300, check=False)
 
 
 def test_every_script_has_a_command_on_the_page():
