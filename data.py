@@ -369,6 +369,8 @@ def preprocess_image(image, size=224):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     image = image.convert("RGB")
     short = min(image.size)
+    if max(image.size) > 100 * short:
+        raise ValueError(f"{image.width}×{image.height} pixels are no picture")
     width, height = (int(size * side / short) for side in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = round((width - size) / 2), round((height - size) / 2)
@@ -1137,24 +1139,20 @@ def toy_captions(kind, rng, count=2000):
 
 
 def write_toy_vocabulary(path):
-    """A vocabulary in CLIP's format: merges that make each word of the toy's captions a token."""
+    """A vocabulary in CLIP's format: merges learned from the toy's captions, a token a word."""
     texts = ["the sound of", "a photo of", "and"]
     for thing in THINGS:
         for size, yes in (("small", True), ("large", False)):
             texts += vision_captions(thing, size, yes) + audio_captions(thing, yes)
-    words = {}                                                                   # word -> its units
-    for word in " ".join(texts).split():
-        words[word] = [*word[:-1], word[-1] + "</w>"]
-    merges = []
-    for units in words.values():
-        for merge in merges:  # what earlier words have taught
-            for at in range(len(units) - 2, -1, -1):
-                if units[at:at + 2] == merge:
-                    units[at:at + 2] = ["".join(merge)]
-        while len(units) > 1:
-            merges.append(units[:2])
-            units[:2] = ["".join(units[:2])]
-    text = "#version: toy\n" + "".join(f"{left} {right}\n" for left, right in merges)
+    words = [[*word[:-1], word[-1] + "</w>"] for word in set(" ".join(texts).split())]
+    text = "#version: toy\n"
+    while pairs := Counter(pair for units in words for pair in itertools.pairwise(units)):
+        left, right = max(sorted(pairs), key=pairs.get)
+        text += f"{left} {right}\n"
+        for units in words:
+            for at in range(len(units) - 1, 0, -1):
+                if units[at - 1:at + 1] == [left, right]:
+                    units[at - 1:at + 1] = [left + right]
     path.write_bytes(gzip.compress(text.encode(), mtime=0))
 
 

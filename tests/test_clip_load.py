@@ -36,7 +36,7 @@ def clip(tmp_path, monkeypatch):
 def test_byte_pair_encoding_by_hand():
     """Ids: 256 bytes, 256 that end a word, 3 merges, start, end. "lower" is lo, w, er."""
     tokenizer = Tokenizer(LETTERS)
-    assert tokenizer.vocab_size == 512 + 3 + 2
+    assert tokenizer.encode("1 &lt; 2 < 3 &amp;amp; 4") == tokenizer.encode("1 < 2 < 3 & 4")
     assert tokenizer(["low lower"])[0, :7].tolist() == [515, 513, 512, ord("w") - 33, 514, 516, 0]
     assert Tokenizer(LETTERS, 6)(["low " * 9]).tolist() == [[515, 513, 513, 513, 513, 516]]
 
@@ -134,8 +134,7 @@ def test_hugging_faces_clip_has_its_own_features_and_its_config_is_asked(tmp_pat
 
 def test_what_does_not_fit_is_refused_with_what_it_is_taken_for(clip):
     for keys, said in (("visual.attnpool.c token_embedding.w", "a ResNet and a text encoder"),
-                       ("vision_model.embeddings.class_embedding", "a ViT"),
-                       ("layer1.weight", r"something else \(layer1")):
+                       ("vision_model.embeddings.class_embedding", "a ViT"), ("x", "something")):
         torch.save(dict.fromkeys(keys.split(), torch.zeros(2)), "other.pt")
         with pytest.raises(ValueError, match=rf"other\.pt: .*taken for {said}"):
             load_clip("other.pt")
@@ -145,7 +144,8 @@ def test_what_does_not_fit_is_refused_with_what_it_is_taken_for(clip):
 
 def test_a_flipped_bit_is_refused_by_name_or_changes_nothing(clip, tmp_path):
     rng, refused = random.Random(0), 0
-    for name in 100 * ["clip.pt", "v.gz"]:
+    torch.save(Settings(), "old.pt", _use_new_zipfile_serialization=False)
+    for name in 100 * ["clip.pt", "v.gz"] + 20 * ["old.pt"]:
         content = bytearray((tmp_path / name).read_bytes())
         at = rng.randrange(len(content))
         content[at] ^= 1 << rng.randrange(8)
@@ -156,7 +156,7 @@ def test_a_flipped_bit_is_refused_by_name_or_changes_nothing(clip, tmp_path):
         except ValueError as error:
             assert str(error).startswith("bad: ")
             refused += 1
-    assert refused > 160
+    assert refused > 180 and not os.path.exists("ran")
 
 
 def test_resized_positions_by_hand_and_golden_features(shared):

@@ -4,10 +4,10 @@ import json
 import random
 import struct
 import time
-from pathlib import Path
+from dataclasses import replace
 
 import data
-from data import Unreadable, audio_windows, fbank, load_audio, read_index, read_split
+from data import Clip, Unreadable, audio_windows, fbank, load_audio, read_index, read_split
 
 import av
 import numpy as np
@@ -180,19 +180,42 @@ def write(path, text=""):
     path.write_text(text, encoding="utf-8")
 
 
-def test_audioset_as_published(tmp_path):
-    write(tmp_path / "class_labels_indices.csv", 'index,mid,display_name\n0,/m/1, "Speech "\n'
-          '1,/m/2,"Dog, barking"\n')
-    write(tmp_path / "eval_segments.csv", "# a\n# b\n# YTID, start_seconds, end_seconds, labels\n"
-          f'{IDS[0]}, 30.000, 40.000, "/m/1,/m/2"\n{IDS[1]}, 0.000, 9.500, "/m/2"\n')
-    write(tmp_path / "audio" / f"{IDS[0]}_30.wav")
-    clips = read_split("audioset", tmp_path)
-    assert [clip.id for clip in clips] == [f"{IDS[0]}_30", f"{IDS[1]}_0"]
-    assert clips[0].labels == ("Speech", "Dog, barking") and clips[1].labels == ("Dog, barking",)
-    assert clips[0].audio.endswith(f"{IDS[0]}_30.wav") and clips[1].audio == ""
-    assert data.labels_of(clips[1:], tmp_path) == ["Speech", "Dog, barking"]
-    caps = [data.Clip(f"{IDS[1]}_30"), data.Clip(f"{IDS[2]}_30")]
-    assert [clip.labels for clip in data.add_labels(caps, tmp_path)] == [("Dog, barking",), ()]
+CLASSES = 'index,mid,display_name\n0,/m/1, "Speech "\n1,/m/2,"Dog, barking"\n'
+HEADER = "audiocap_id,youtube_id,start_time,caption\n"
+PUBLISHED = {  # dataset: table, its text, a sound's file, the clip that is read
+    "audioset": ("eval_segments.csv", f'# a\n# b\n# c\n{IDS[1]}, 30.000, 39.500, "/m/1,/m/2"\n',
+                 f"a/{IDS[1]}.wav", Clip(f"{IDS[1]}_30", labels=("Speech", "Dog, barking"))),
+    "audiocaps": ("test.csv", HEADER + f'7,{IDS[0]},30,"a, b"\n8,{IDS[0]},30, c \n',
+                  f"Y{IDS[0]}.flac", Clip(f"{IDS[0]}_30", captions=("a, b", "c"))),
+    "vggsound": ("vggsound.csv", f'{IDS[0]},30,"dog, bark",test\n{IDS[1]},1,rain,train\n',
+                 f"{IDS[0]}_000030.m4a", Clip(f"{IDS[0]}_30", labels=("dog, bark",))),
+    "clotho": ("clotho_captions_evaluation.csv",  # the name is NFC in the table, NFD on disk
+               "file_name,caption_1,caption_2,caption_3,caption_4,caption_5\n"
+               " #1 Caf\u00e9 a.wav,a,b,c,d,e\n", "evaluation/#1 Cafe\u0301  a.WAV",
+               Clip("#1 Caf\u00e9 a.wav", captions=tuple("abcde"))),
+    "esc50": ("meta/esc50.csv", "filename,fold,category,esc10\n1-9-A.wav,2,sea_waves,True\n",
+              "audio/1-9-A.wav", Clip("1-9-A.wav", labels=("sea waves",), fold=2, easy=True)),
+    "us8k": ("UrbanSound8K/metadata/UrbanSound8K.csv",
+             "slice_file_name,fsID,fold,class\n7-3.wav,7,10,dog_bark\n",
+             "UrbanSound8K/audio/fold10/7-3.wav", Clip("7-3.wav", labels=("dog bark",), fold=10))}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_each_dataset_is_read_as_published(tmp_path, name):
+    table, text, sound, clip = PUBLISHED[name]
+    for path, content in (("class_labels_indices.csv", CLASSES), (table, text), (sound, "")):
+        write(tmp_path / path, content)
+    assert read_split(name, tmp_path) == [replace(clip, audio=str(tmp_path / sound))]
+    if name == "audioset":
+        assert data.labels_of([clip], tmp_path) == ["Speech", "Dog, barking"]
+        labelled = data.add_labels([Clip(f"{IDS[1]}_9"), Clip(f"{IDS[2]}_9")], tmp_path)
+        assert [each.labels for each in labelled] == [clip.labels, ()]
+
+
+def test_mscocos_captions(tmp_path):
+    rows = {"annotations": [{"image_id": 1, "id": 2, "caption": "a \n dog "}]}
+    write(tmp_path / "annotations/captions_val2014.json", json.dumps(rows))
+    assert data.read_coco_captions(tmp_path, "val") == ["a dog"]
 
 
 @pytest.mark.parametrize("name", [
@@ -209,47 +232,16 @@ def test_audiocaps_clips_are_found_under_downloaders_names(tmp_path, name):
     assert clip.audio.endswith(f"{name.format(id=IDS[1])}.M4A")
 
 
-def test_other_datasets_as_published(tmp_path):
-    write(tmp_path / "v/vggsound.csv", f'{IDS[0]},30,"dog, barking",test\n{IDS[1]},1,rain,train\n')
-    write(tmp_path / "v" / f"{IDS[0]}_000030.flac")
-    clip, = read_split("vggsound", tmp_path / "v")
-    assert clip.labels == ("dog, barking",) and clip.audio
-    names = {" Caf\u00e9 1.wav": "Cafe\u0301  1.wav", "#2.wav": "#2.wav", "3.wav": "3.WAV"}
-    header = "file_name,caption_1,caption_2,caption_3,caption_4,caption_5\n"
-    rows = "".join(f"{name},a,b,c,d,e\n" for name in names)
-    write(tmp_path / "c/clotho_captions_evaluation.csv", header + rows)
-    for name in names.values():
-        write(tmp_path / "c/evaluation" / name)
-    clips = read_split("clotho", tmp_path / "c")
-    assert [Path(clip.audio).name for clip in clips] == list(names.values())
-    assert clips[0].captions == ("a", "b", "c", "d", "e")
-    write(tmp_path / "e/meta/esc50.csv", "filename,fold,target,category,esc10,src_file,take\n"
-          "1-9-A-0.wav,2,0,sea_waves,True,9,A\n")
-    clip, = read_split("esc50", tmp_path / "e")
-    assert clip == data.Clip("1-9-A-0.wav", str(tmp_path / "e/audio/1-9-A-0.wav"),
-                             labels=("sea waves",), fold=2, easy=True)
-    write(tmp_path / "u/UrbanSound8K/metadata/UrbanSound8K.csv",
-          "slice_file_name,fsID,fold,class\n7-3-0-0.wav,7,10,dog_bark\n")
-    clip, = read_split("us8k", tmp_path / "u")
-    assert clip.audio.endswith("audio/fold10/7-3-0-0.wav") and clip.labels == ("dog bark",)
-    write(tmp_path / "m/annotations/captions_val2014.json",
-          json.dumps({"annotations": [{"image_id": 1, "id": 2, "caption": "a \n dog "}]}))
-    assert data.read_coco_captions(tmp_path / "m", "val") == ["a dog"]
-
-
 def test_an_index_of_ones_own_and_the_authors(tmp_path):
     write(tmp_path / "audio/x.WAV")
     rows = [{"id": 0, "audio": "audio\\x.wav", "captions": "one", "labels": ["a"], "other": 1},
             {"id": "b", "dir": "0-9", "aclip": ["wav"], "frame": "jpg", "bos": 1, "eos": 2}]
     write(tmp_path / "test.jsonl", "\ufeff" + "\r\n".join(map(json.dumps, rows)))
     ours, authors = read_split("mine", tmp_path)
-    assert ours == data.Clip("0", str(tmp_path / "audio/x.WAV"), (), ("a",), ("one",))
+    assert ours == Clip("0", str(tmp_path / "audio/x.WAV"), (), ("a",), ("one",))
     assert authors.audio == str(tmp_path / "0-9/aclip/b.wav")
     assert authors.frames == (str(tmp_path / "0-9/frame/b.jpg"),)
     assert authors.middle_frame == authors.frames[0]
-
-
-HEADER = "audiocap_id,youtube_id,start_time,caption\n"
 
 
 @pytest.mark.parametrize("name, text, why", [
@@ -279,7 +271,7 @@ def test_what_is_not_there_comes_with_the_way_to_get_it(tmp_path):
 
 
 def test_what_audiocaps_tests_is_held_out(tmp_path):
-    clips = [data.Clip(f"{name}_10") for name in IDS]
+    clips = [Clip(f"{name}_10") for name in IDS]
     assert data.held_out_by_audiocaps(clips, tmp_path, tmp_path) == [False] * 3  # one's own
     write(tmp_path / "eval_segments.csv")
     with pytest.raises(FileNotFoundError, match="--leave-out none"):
@@ -394,7 +386,7 @@ def test_a_folder_of_videos_becomes_a_dataset(tmp_path, run, kill):
 def test_statistics_are_those_of_the_encoders_input(world):
     clips = read_index(world / "test.jsonl")[:8]
     front_end = data.FrontEnd(RATE, 32, frames=120)
-    mean, std, read = data.statistics([*clips, data.Clip("bad", "no.wav")], front_end, workers=0)
+    mean, std, read = data.statistics([*clips, Clip("bad", "no.wav")], front_end, workers=0)
     normal = data.FrontEnd(RATE, 32, 120, mean, std)
     x = torch.cat([normal(wave[None], torch.tensor([length]))
                    for wave, length in (normal.load(clip.audio) for clip in clips)])
