@@ -112,8 +112,11 @@ def opened(path, kind):
             streams = []
             for stream in container.streams:
                 cover = stream.disposition & av.stream.Disposition.attached_pic
-                if stream.type == kind and stream.codec_context and not cover:
-                    streams.append(stream)
+                if stream.type != kind or not stream.codec_context or cover:
+                    continue
+                if kind == "audio" and not 1000 <= stream.rate <= 1_000_000:
+                    raise ValueError(f"{stream.rate} samples a second")  # a damaged header
+                streams.append(stream)
             if not streams:
                 raise Unreadable(f"{path}: has no {'sound' if kind == 'audio' else 'pictures'}")
             yield container, streams
@@ -762,7 +765,8 @@ def frames_from(path, kind, start, track=0):
             zero = (container.start_time or 0) / av.time_base
             if seek:
                 try:
-                    container.seek(max(0, int((start + zero) * av.time_base)))
+                    # a second's run-up: for codecs, and because MPEG-TS is entered late
+                    container.seek(max(0, int((start - 1 + zero) * av.time_base)))
                 except av.FFmpegError:
                     continue
             begun = False
@@ -790,7 +794,7 @@ def cut_audio(path, start, end, sample_rate):
         tracks = len(streams)
     for track in range(tracks):
         wave = None
-        for seconds, frame in frames_from(path, "audio", max(0, start - 1), track):  # a run-up
+        for seconds, frame in frames_from(path, "audio", start, track):
             rate, samples = frame.sample_rate, first_channel(frame)
             due = round((seconds - start) * rate)
             if wave is None:
@@ -862,10 +866,14 @@ def cut_clips(job, out, sample_rate):
     if segment.end:
         return [(segment, *cut_clip(segment, files, out, sample_rate))]
     length, pieces = 10.0, []  # of what can't be read, so that its piece says why
-    with suppress(Unreadable), opened(files[0][1], "video") as (container, streams):
-        ends = [float((packet.pts + (packet.duration or 0)) * packet.time_base)
-                for packet in container.demux(streams[0]) if packet.pts is not None]
-        length = max(ends) - (container.start_time or 0) / av.time_base  # no header is believed
+    with suppress(Unreadable), opened(files[0][1], "video") as (container, _):
+        ends = {"video": 0.0, "audio": math.inf}  # no header is believed
+        for packet in container.demux():
+            if packet.pts is not None:
+                end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
+                known = ends.get(packet.stream.type, 0.0)
+                ends[packet.stream.type] = end if known == math.inf else max(end, known)
+        length = min(ends["video"], ends["audio"]) - (container.start_time or 0) / av.time_base
     for start in range(0, max(1, int(length + 5) // 10) * 10, 10):
         end = max(start + 5.0, min(start + 10.0, length))
         piece = replace(segment, start=start, end=end)
@@ -920,11 +928,12 @@ def extract(table, videos, out, sample_rate=FrontEnd.sample_rate, workers=2):
     """
     if not Path(videos).is_dir():
         raise FileNotFoundError(f"{videos}: no such folder; --videos names the one with the videos")
-    out, stem, jobs = Path(out), "train", own_videos(videos)
+    out, stem = Path(out), Path(table or "train").stem
     if table:
         files = by_video(find_files(videos, VIDEO + AUDIO))
         jobs = [(segment, files_of(segment, files)) for segment in read_segments(table)]
-        stem = Path(table).stem
+    else:
+        jobs = own_videos(videos)
     cut = partial(cut_clips, out=out, sample_rate=sample_rate)
     clips, counts = [], Counter()
     for pieces in tqdm(in_processes(cut, jobs, workers), unit=" videos"):
@@ -947,9 +956,9 @@ def extract(table, videos, out, sample_rate=FrontEnd.sample_rate, workers=2):
             row = {"id": segment.id, **row, "labels": segment.labels, "captions": segment.captions}
             line = json.dumps({key: value for key, value in row.items() if value}) + "\n"
             split = "val" if segment.video in val else segment.split or default
-            indexes[split] = indexes.get(split, "") + line
-    for split, text in indexes.items():
-        write_whole(out / f"{split}.jsonl", partial(Path.write_text, data=text))
+            indexes.setdefault(split, []).append(line)
+    for split, lines in indexes.items():
+        write_whole(out / f"{split}.jsonl", partial(Path.write_text, data="".join(lines)))
     out.mkdir(parents=True, exist_ok=True)
     with open(out / f"{stem}_report.csv", "w", newline="", errors="backslashreplace") as file:
         csv.writer(file).writerows(report)

@@ -327,6 +327,8 @@ def test_a_stretch_is_cut_where_it_lies(tmp_path, ending, gop):
     images = data.cut_frames(path, [2.5, 3.5, 4.5, 5.5])
     levels = [np.asarray(image)[30, 40].mean() for image in images]
     np.testing.assert_allclose(levels, [70, 95, 120, 145], atol=6)
+    first, _ = next(data.frames_from(path, "video", 6))
+    assert gop > 12 or 4 < first <= 6  # a seek leads to the key frame before
     for cut in (lambda: data.cut_audio(path, 5, 9, RATE), lambda: data.cut_frames(path, [5, 9])):
         with pytest.raises(Unreadable, match=f"x.{ending}"):
             cut()
