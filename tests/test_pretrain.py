@@ -90,7 +90,8 @@ def test_the_next_clip_steps_in_for_a_bad_one_which_is_named():
 
 def test_an_epoch_is_a_permutation_that_ranks_share_and_a_resumed_run_goes_on_in(monkeypatch):
     whole = list(pretrain.batches(10, 4, seed=1, start=0, steps=6))
-    assert len(whole) == 6 and len({i for batch in whole[:2] for _, i in batch}) == 8
+    assert [len(batch) for batch in whole] == [4] * 6
+    assert len({i for batch in whole[:2] for _, i in batch}) == 8
     assert list(pretrain.batches(10, 4, seed=1, start=3, steps=6)) == whole[3:]
     parts = []
     for rank in range(2):
