@@ -15,6 +15,7 @@ os.environ.setdefault("KMP_BLOCKTIME", "1")      # read when torch loads it (on 
 import argparse
 import csv
 import ctypes
+import glob
 import gzip
 import hashlib
 import itertools
@@ -29,7 +30,7 @@ from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from functools import lru_cache, partial
+from functools import cache, partial
 from pathlib import Path
 
 import av
@@ -46,6 +47,17 @@ class Unreadable(ValueError):
     """One file that can't be used; the message names it. Training skips and counts it."""
 
 
+@contextmanager
+def reading(path):
+    """What fails inside is Unreadable: over a damaged file a decoder may raise anything."""
+    try:
+        yield
+    except Unreadable:
+        raise
+    except Exception as error:
+        raise Unreadable(f"{path}: can't be read ({type(error).__name__}: {error})") from None
+
+
 def run(main):
     """Call a script's main; what a user can mend ends in a message instead of a traceback."""
     if "RANK" in os.environ:
@@ -53,16 +65,14 @@ def run(main):
     try:
         main()
     except (OSError, ValueError, KeyboardInterrupt) as error:
-        text, status = str(error), 1
-        if isinstance(error, KeyboardInterrupt):
-            text, status = "stopped; the same command goes on from here", 130
+        text = str(error) or "stopped; the same command goes on from here"  # Ctrl-C has no text
         if "Original Traceback" in text:  # out of a worker process: the last line says it
             text = text.strip().splitlines()[-1].partition(": ")[2]
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)  # rank 0 mostly says the same, and then torchrun ends this process
         sys.stdout.flush()
         print(f"{os.path.basename(sys.argv[0])}: {text}", file=sys.stderr, flush=True)
-        os._exit(status)  # without waiting for the other ranks
+        os._exit(1)  # without waiting for the other ranks
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -95,44 +105,27 @@ def in_processes(function, items, workers):
 
 
 # -------------------------------------------------------------------------------------- sound
-DAMAGED = (av.FFmpegError, OSError, ValueError, RuntimeError, ArithmeticError, LookupError,
-           TypeError, AttributeError, MemoryError)  # what decoders raise
-
-
 @contextmanager
 def opened(path, kind):
-    """A file's container and its streams of a kind, "audio" or "video"; a cover is no video.
-
-    What fails while it is open is Unreadable.
-    """
+    """A file and its streams of a kind, "audio" or "video"; a cover is no video."""
     # a WAV is read to its end, whatever its header says; a playlist leads to no network
     options = {"ignore_length": "1", "protocol_whitelist": "file"}
-    try:
-        with av.open(f"file:{path}", options=options, metadata_errors="ignore") as container:
-            streams = []
-            for stream in container.streams:
-                cover = stream.disposition & av.stream.Disposition.attached_pic
-                if stream.type != kind or not stream.codec_context or cover:
-                    continue
-                if kind == "audio" and not 1000 <= stream.rate <= 1_000_000:
-                    raise ValueError(f"{stream.rate} samples a second")  # a damaged header
+    with reading(path), av.open(f"file:{path}", options=options, metadata_errors="ignore") as file:
+        streams = []
+        for stream in getattr(file.streams, kind):
+            cover = stream.disposition & av.stream.Disposition.attached_pic
+            if stream.codec_context and not cover:
                 streams.append(stream)
-            if not streams:
-                raise Unreadable(f"{path}: has no {'sound' if kind == 'audio' else 'pictures'}")
-            yield container, streams
-    except Unreadable:
-        raise
-    except DAMAGED as error:
-        raise Unreadable(f"{path}: can't be read ({type(error).__name__}: {error})") from None
+        if not streams:
+            raise Unreadable(f"{path}: has no {kind}")
+        yield file, streams
 
 
-def decoded(container, stream):
+def decoded(file, stream):
     """Frames of a stream as they come; packets that can't be decoded are left out."""
-    for packet in container.demux(stream):
-        try:
+    for packet in file.demux(stream):
+        with suppress(av.FFmpegError):
             yield from packet.decode()
-        except av.FFmpegError:
-            continue
 
 
 def first_channel(frame):
@@ -145,21 +138,16 @@ def first_channel(frame):
 
 
 def is_whole_wav(path):
-    """Whether a file is a WAV of plain samples whose chunks end where the file does.
-
-    That of a writer into a pipe, or of a download that was cut off, doesn't.
-    """
-    size, at, plain = os.path.getsize(path), 12, False
+    """Whether a WAV's chunks end where the file does: not after a pipe, a kill, a cut download."""
+    size, at = os.path.getsize(path), 12
     with open(path, "rb") as file:
-        for _ in range(100 if file.read(4) == b"RIFF" else 0):
-            file.seek(at)
-            name, length = file.read(4), int.from_bytes(file.read(4), "little")
-            if name == b"fmt ":  # 1: integers, 3: floats, 0xfffe: either
-                plain = file.read(2) in (b"\1\0", b"\3\0", b"\xfe\xff")
+        if file.read(4) != b"RIFF":
+            return False
+        while at < size:
+            file.seek(at + 4)
+            length = int.from_bytes(file.read(4), "little")
             at += 8 + length + length % 2
-            if at >= size:
-                return plain and at - size <= 1
-    return False
+    return at - size <= 1
 
 
 def sound_blocks(path):
@@ -168,32 +156,26 @@ def sound_blocks(path):
     libsndfile reads WAVs that know their length; FFmpeg decodes everything else to its end, and no
     header's length is believed. Raises Unreadable.
     """
-    try:
+    with reading(path):
         if is_whole_wav(path):
             with soundfile.SoundFile(path) as file:
-                for block in file.blocks(2 ** 16, dtype="float32", always_2d=True):
-                    yield file.samplerate, block[:, 0]
-                return
-    except (OSError, RuntimeError) as error:
-        raise Unreadable(f"{path}: can't be read ({error})") from None
-    first = None
-    with opened(path, "audio") as (container, streams):
-        for frame in decoded(container, streams[0]):
-            first, block = first or frame.sample_rate, first_channel(frame)
-            if frame.sample_rate != first:  # two files in one, as `cat a.mp3 b.mp3` leaves them
-                block = resample(path, block, frame.sample_rate, first).numpy()
-            yield first, block
+                if file.subtype.startswith(("PCM", "FLOAT", "DOUBLE")):
+                    for block in file.blocks(2 ** 16, dtype="float32", always_2d=True):
+                        yield file.samplerate, block[:, 0]
+                    return
+    rate = None
+    with opened(path, "audio") as (file, streams):
+        for frame in decoded(file, streams[0]):
+            rate, block = rate or frame.sample_rate, first_channel(frame)
+            if frame.sample_rate != rate:  # two files in one, as `cat a.mp3 b.mp3` leaves them
+                block = resample(path, block, frame.sample_rate, rate).numpy()
+            yield rate, block
 
 
 def resample(path, wave, rate, new_rate):
-    """A stretch of a file's sound, array (S,), at another rate in Hz -> tensor in [-1, 1].
-
-    Odd ratios are met to one in a thousand. Raises Unreadable.
-    """
-    if not 1000 <= rate <= 1_000_000:
-        raise Unreadable(f"{path}: says it has {rate} samples a second; is its header damaged?")
-    if not np.isfinite(wave).all():
-        raise Unreadable(f"{path}: holds NaN or infinite samples")
+    """A stretch of a file's sound, array (S,), at another rate in Hz -> tensor in [-1, 1]."""
+    if not (1000 <= rate <= 1_000_000 and np.isfinite(wave).all()):
+        raise Unreadable(f"{path}: holds NaN or infinite samples, or {rate} samples a second")
     wave = torch.from_numpy(wave.copy())
     if rate != new_rate:
         ratio = Fraction(new_rate, rate).limit_denominator(1000)  # the filter grows with its terms
@@ -210,18 +192,17 @@ def check_heard(path, samples, rate, silent):
 
 
 def load_audio(path, sample_rate, seconds=None):
-    """First channel of a sound file, all of it or its first `seconds` -> (S,) float32 in [-1, 1].
+    """First channel of a sound file, all or its first `seconds` -> (S,) float32 in [-1, 1].
 
     Any format, rate and sample width; resampled to `sample_rate` Hz. Raises Unreadable.
     """
-    parts, length, rate = [np.zeros(0, np.float32)], 0, sample_rate
+    blocks, length, rate = [np.zeros(0, np.float32)], 0, sample_rate
     for rate, block in sound_blocks(path):
-        parts.append(block)
+        blocks.append(block)
         length += len(block)
         if seconds and length >= seconds * rate:
             break
-    wave = np.concatenate(parts)                                                 # (S,)
-    wave = wave[:math.ceil(seconds * rate)] if seconds else wave
+    wave = np.concatenate(blocks)[:math.ceil(seconds * rate) if seconds else None]   # (S,)
     check_heard(path, len(wave), rate, silent=len(wave) and np.ptp(wave) == 0)
     return resample(path, wave, rate, sample_rate)
 
@@ -260,7 +241,7 @@ def frame_length_and_shift(sample_rate):
     return int(sample_rate * 0.025), int(sample_rate * 0.010)
 
 
-@lru_cache
+@cache
 def window_and_mel_bins(sample_rate, mels, device):
     """Hanning window (25 ms,), FFT length, triangular mel bins (FFT bins, F) as Kaldi's."""
     length, _ = frame_length_and_shift(sample_rate)
@@ -345,6 +326,11 @@ class FrontEnd:
         return ((x - self.mean) / self.std)[:, None]                             # (B, 1, T, F)
 
 
+class Remember(FrontEnd):
+    """A front end that keeps what it has read."""
+    load = cache(FrontEnd.load)
+
+
 def mask(x, draws):
     """A band of up to 1/5 of the frames and one of up to 1/4 of the mel bins set to 0 (§3.2.2).
 
@@ -384,11 +370,8 @@ def preprocess_image(image, size=224):
 
 def load_image(path, size=224):
     """Image file -> (3, R, R) float32. Raises Unreadable (missing, damaged)."""
-    try:
-        with Image.open(path) as image:
-            return preprocess_image(ImageOps.exif_transpose(image), size)
-    except (*DAMAGED, SyntaxError, Image.DecompressionBombError) as error:
-        raise Unreadable(f"{path}: can't be read as an image ({error})") from None
+    with reading(path), Image.open(path) as image:
+        return preprocess_image(ImageOps.exif_transpose(image), size)
 
 
 # ----------------------------------------------------------------------------------- datasets
@@ -456,8 +439,6 @@ def read_text(path):
     """A table's or an index's text. Raises FileNotFoundError, ValueError (not UTF-8)."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file; it belongs to the dataset") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not text in UTF-8 ({error}); save it as that") from None
 
@@ -468,7 +449,7 @@ def read_table(path, make, need, header=True):
     need: columns that must be there; all that are, where the file has no header. No field may be
     empty. Raises FileNotFoundError, ValueError (file, line, what was found instead).
     """
-    text, columns, made = read_text(path), None if header else need, []
+    text, columns, made, fields = read_text(path), None if header else need, [], []
     lines = csv.reader(text.splitlines(keepends=True), skipinitialspace=True,
                        delimiter=max(",;\t", key=text.partition("\n")[0].count))
     try:
@@ -479,14 +460,13 @@ def read_table(path, make, need, header=True):
             if columns is None:
                 columns = [field.lower() for field in fields]
                 if not set(need) <= set(columns):
-                    raise ValueError(f"needed are {', '.join(need)}; there are {fields}")
+                    raise ValueError(f"needed are {', '.join(need)}")
             elif len(fields) == len(columns) and all(fields):
                 made.append(make(dict(zip(columns, fields))))
             else:
-                raise ValueError(f"needed are {', '.join(columns)}; there are {fields}. Commas and "
-                                 f"line breaks belong in quotes, and no field may be empty")
+                raise ValueError(f"needed are {', '.join(columns)}, none empty, commas in quotes")
     except (ValueError, csv.Error) as error:
-        raise ValueError(f"{path}:{lines.line_num}: {error}") from None
+        raise ValueError(f"{path}:{lines.line_num}: {error}; there are {fields}") from None
     if not made:
         raise ValueError(f"{path}: no rows in it")
     return made
@@ -498,7 +478,7 @@ def spelling(name):
     return unicodedata.normalize("NFC", stem) + ending.lower()
 
 
-@lru_cache
+@cache
 def spellings(folder):
     """{spelling: name} of a folder's files."""
     return {spelling(name): name for name in os.listdir(folder)} if os.path.isdir(folder) else {}
@@ -537,7 +517,7 @@ def clip_of(row, folder, names, need):
     """A line of the index in `folder` -> Clip. Raises ValueError."""
     if not isinstance(row, dict):
         raise ValueError("each line is one {…}")
-    keys, lists = ", ".join(sorted(row)), {}
+    lists = {}
     for key in ("audio", "frames", "labels", "captions", "aclip", "frame"):
         value = row.get(key) or []
         lists[key] = [value] if isinstance(value, str) else value
@@ -549,11 +529,11 @@ def clip_of(row, folder, names, need):
         lists["frames"] = [place.format("frame", ending) for ending in lists["frame"]]
     missing = [key for key in need if not lists[key]]
     if missing or row.get("id") in (None, ""):
-        raise ValueError(f"lacks {', '.join(missing or ['id'])}; has {keys}")
-    audio = inside(folder, lists["audio"][0]) if lists["audio"] else ""
-    frames = tuple(inside(folder, frame) for frame in lists["frames"])
+        raise ValueError(f"lacks {', '.join(missing or ['id'])}; has {', '.join(sorted(row))}")
+    audio, *frames = (inside(folder, name) if name else ""
+                      for name in (lists["audio"] or [""])[:1] + lists["frames"])
     labels = tuple(names.get(label, label) for label in lists["labels"])
-    return Clip(str(row["id"]), audio, frames, labels, tuple(lists["captions"]),
+    return Clip(str(row["id"]), audio, tuple(frames), labels, tuple(lists["captions"]),
                 int(row.get("fold") or 0))
 
 
@@ -575,19 +555,24 @@ def read_split(name, folder, split="test", need=()):
         raise FileNotFoundError(f"{folder}: neither {index.name} nor {table.name} is there. "
                                 f"Get it: {SOURCES.get(name, 'README.md, Datasets')}")
     if name not in COLUMNS:
-        return read_youtube(table, split)
-    columns = COLUMNS[name]
+        files = find_files(table.parent, AUDIO)
+        segments = [each for each in read_segments(table) if each.split in ("", split)]
+        return [Clip(segment.id, found[0][1] if found else "", labels=tuple(segment.labels),
+                     captions=tuple(segment.captions))
+                for segment, found in with_files(segments, files)]
 
     def clip_of_row(row):
-        sound = row[columns[0]]
+        sound = row[COLUMNS[name][0]]
         if name == "clotho":
+            captions = tuple(row[column] for column in COLUMNS[name][1:])
             sounds = folder / table.stem.removeprefix("clotho_captions_")
-            return Clip(sound, inside(sounds, sound), captions=tuple(row[x] for x in columns[1:]))
+            return Clip(sound, inside(sounds, sound), captions=captions)
         sounds = table.parent.parent / "audio" / (f"fold{row['fold']}" if name == "us8k" else "")
-        return Clip(sound, inside(sounds, sound), labels=(row[columns[1]].replace("_", " "),),
-                    fold=int(row["fold"]), easy=row.get("esc10") == "True")
+        label = row[COLUMNS[name][1]].replace("_", " ")
+        return Clip(sound, inside(sounds, sound), labels=(label,), fold=int(row["fold"]),
+                    easy=row.get("esc10") == "True")
 
-    return read_table(table, clip_of_row, columns)
+    return read_table(table, clip_of_row, COLUMNS[name])
 
 
 def read_coco_captions(folder, split):
@@ -652,44 +637,33 @@ def read_segments(path):
 
 def find_files(folder, endings):
     """Files below a folder with one of these endings, links followed -> sorted list of paths."""
-    found, seen = [], set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(place) in seen:  # a link that leads back up
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(place))
-        found += [os.path.join(place, name) for name in names
-                  if name.lower().endswith(endings) and not name.startswith(".")]
-    return sorted(found)
+    paths = (os.path.join(folder, name)
+             for name in glob.iglob("**/*.*", root_dir=folder, recursive=True))
+    return sorted(path for path in paths if path.lower().endswith(endings))
 
 
-# {id}, Y{id}, {id}_{start}, {id}_{start}_{end}, …, Title [{id}], Title-{id}; yt-dlp adds .f137
-YOUTUBE_NAME = re.compile(r"(?:Y?|.*[-\[])([\w-]{11})(\]?|(?:[ _.,-]+\d+)*)(?:\.f\d+)?", re.ASCII)
+def with_files(segments, paths):
+    """Each segment with its files -> [(segment, [(whether it begins where they do, path)])].
 
-
-def by_video(paths):
-    """Files by the video, or the number, that they are named after -> {name: [(rest, path)]}."""
-    files = {}
+    A file's name is AudioCaps' own number, or holds the video's id (Y{id}, Title [{id}], ...), then
+    perhaps where it starts, in seconds or milliseconds. Likeliest first.
+    """
+    named, found = {}, {segment.id: set() for segment in segments}
+    for segment in segments:
+        for name in (segment.video, *segment.numbers):
+            named.setdefault(name, []).append(segment)
     for path in paths:
         stem = os.path.splitext(os.path.basename(path))[0]
-        found = YOUTUBE_NAME.fullmatch(stem)
-        name, rest = found.groups() if found else (stem, "")
-        files.setdefault(name, []).append((rest, path))
-    return files
-
-
-def files_of(segment, files):
-    """The segment's files -> [(whether it begins where the segment does, path)], likeliest first.
-
-    Those with its start in the name, in seconds or milliseconds; then those named by the id alone.
-    """
-    found = {(True, path) for number in segment.numbers for _, path in files.get(number, ())}
-    for rest, path in files.get(segment.video, ()):
-        start = re.search(r"\d+", rest)
-        if not start or int(start[0]) in (int(segment.start), int(1000 * segment.start)):
-            found.add((bool(start), path))
-    # videos before sounds of the same name
-    return sorted(found, key=lambda file: (not file[0], file[1].lower().endswith(AUDIO), file[1]))
+        for at in range(max(1, len(stem) - 10)):
+            start = re.match(r"\]?[ _.,-]*(\d+)", stem[at + 11:])
+            for segment in named.get(stem[at:at + 11], ()):
+                seconds = int(segment.start), int(1000 * segment.start)
+                if not start or int(start[1]) in seconds:
+                    numbered = len(stem) < 11
+                    found[segment.id].add((bool(start) or numbered, path))
+    # sounds before videos of the same name
+    return [(segment, sorted(found[segment.id], key=lambda file: (
+        not file[0], file[1].lower().endswith(VIDEO), file[1]))) for segment in segments]
 
 
 def class_names(folder):
@@ -708,17 +682,6 @@ def labels_of(clips, folder):
     if known and (strange := used - set(known)):
         raise ValueError(f"{folder}/class_labels_indices.csv: lacks {min(strange)!r}, a label")
     return known or sorted(used)
-
-
-def read_youtube(table, split):
-    """A published table, with the sounds found below its folder -> list of Clip."""
-    files, clips = by_video(find_files(table.parent, AUDIO)), []
-    for segment in read_segments(table):
-        if segment.split in ("", split):
-            found = files_of(segment, files)
-            clips.append(Clip(segment.id, found[0][1] if found else "",
-                              labels=tuple(segment.labels), captions=tuple(segment.captions)))
-    return clips
 
 
 def add_labels(clips, folder):
@@ -761,58 +724,46 @@ def frames_from(path, kind, start, track=0):
     decoded from its beginning. Raises Unreadable.
     """
     for seek in (True, False):
-        with opened(path, kind) as (container, streams):
-            zero = (container.start_time or 0) / av.time_base
+        with opened(path, kind) as (file, streams):
+            zero = (file.start_time or 0) / av.time_base
             if seek:
-                try:
+                with suppress(av.FFmpegError):  # of a file that can't be entered but at its start
                     # a second's run-up: for codecs, and because MPEG-TS is entered late
-                    container.seek(max(0, int((start - 1 + zero) * av.time_base)))
-                except av.FFmpegError:
-                    continue
-            begun = False
-            for frame in decoded(container, streams[track]):
-                if frame.time is None:
-                    continue
-                seconds = frame.time - zero
-                if seek and not begun and seconds > start:
-                    break
-                if seek and not begun and kind == "video" and not frame.key_frame:
-                    continue  # what comes before a key frame is not whole
-                begun = True
-                yield seconds, frame
-            if begun:
+                    file.seek(max(0, int((start - 1 + zero) * av.time_base)))
+            frames = (frame for frame in decoded(file, streams[track]) if frame.time is not None)
+            if seek and kind == "video":  # what comes before a key frame is not whole
+                frames = itertools.dropwhile(lambda frame: not frame.key_frame, frames)
+            first = next(frames, None)
+            if first and (first.time - zero <= start or not seek):
+                for frame in itertools.chain((first,), frames):
+                    yield frame.time - zero, frame
                 return
 
 
 def cut_audio(path, start, end, sample_rate):
     """First channel of `start` to `end` (s) of a video or sound file -> (S,) float32 tensor.
 
-    Frames lie where their time stamps say. Of several sound tracks the first that is not silent.
-    Raises Unreadable.
+    Of several sound tracks the first that is not silent. Raises Unreadable.
     """
     with opened(path, "audio") as (_, streams):
         tracks = len(streams)
     for track in range(tracks):
-        wave = None
+        blocks, rate, heard = [], sample_rate, -math.inf
         for seconds, frame in frames_from(path, "audio", start, track):
-            rate, samples = frame.sample_rate, first_channel(frame)
-            due = round((seconds - start) * rate)
-            if wave is None:
-                wave = np.zeros(round((end - start) * rate), np.float32)             # (S,)
-                at, covered = due, max(0, due)  # a track that sets in late is silent before
-            if abs(due - at) > 0.02 * rate:  # else its stamps are in whole milliseconds
-                at = due
-            place = wave[max(0, at):max(0, at + len(samples))]
-            place[:] = samples[max(0, -at):][:len(place)]
-            covered += len(place)
-            at += len(samples)
-            if at >= len(wave):
+            if not blocks:
+                rate, size = frame.sample_rate, round((end - start) * frame.sample_rate)
+                at = max(-size, round((start - seconds) * rate))  # where the first block is entered
+                blocks.append(np.zeros(max(0, -at), np.float32))  # a track may set in late
+            blocks.append(first_channel(frame))
+            heard = seconds + len(blocks[-1]) / rate
+            if heard >= end:
                 break
-        if wave is None or covered < len(wave) - SLACK * rate:
+        if heard < end - SLACK:
             raise Unreadable(f"{path}: its sound ends before {end:g} s")
+        wave = np.concatenate(blocks)[max(0, at):][:size]                            # (S,)
         if wave.any():
             break
-    check_heard(path, len(wave), rate, silent=np.ptp(wave) == 0)
+    check_heard(path, len(wave), rate, silent=len(wave) and np.ptp(wave) == 0)
     return resample(path, wave, rate, sample_rate)
 
 
@@ -821,17 +772,16 @@ def cut_frames(path, times):
 
     Raises Unreadable where one is missing; the first may be late, the last over, by SLACK.
     """
-    images, last, since = [], None, 0.0
+    images, last, until = [], None, 0.0
     for seconds, frame in frames_from(path, "video", times[0]):
-        while len(images) < len(times) and seconds > times[len(images)] + 0.002:  # stamps in ms
+        while seconds > times[len(images)] + 0.002:  # stamps may be in ms
             if last is None and seconds > times[0] + SLACK:
                 raise Unreadable(f"{path}: its first picture comes at {seconds:.1f} s")
             images.append(upright(last or frame))  # the last one is shown until this one
-        if len(images) == len(times):
-            return images
-        last, since = frame, seconds
-    stays = max(SLACK, float((last.duration or 0) * last.time_base)) if last else 0
-    if last is None or times[-1] > since + stays:
+            if len(images) == len(times):
+                return images
+        last, until = frame, seconds + max(SLACK, float((frame.duration or 0) * frame.time_base))
+    if times[-1] > until:
         raise Unreadable(f"{path}: has no picture at {times[-1]:.1f} s")
     return images + [upright(last)] * (len(times) - len(images))
 
@@ -845,74 +795,67 @@ def upright(frame):
 
 
 def own_videos(folder):
-    """A folder's videos, with their sound if that is another file -> [(Segment, files)]."""
+    """A folder's videos, after their sound if that is another file -> [(Segment, files)]."""
     videos = {}
-    for path in find_files(folder, VIDEO) + find_files(folder, AUDIO):
-        stem = os.path.splitext(os.path.relpath(path, folder))[0]
-        name = re.sub(r"\.f\d+$", "", stem).replace("/", "_")  # yt-dlp's .f137 goes
+    for path in find_files(folder, AUDIO) + find_files(folder, VIDEO):
+        name = re.sub(r"(\.f\d+)?\.\w+$", "", os.path.relpath(path, folder))  # yt-dlp's .f137
         if len(os.fsencode(name)) > 200:  # for a clip's file name
             name = f"{by_hash(name):x}"
-        videos.setdefault(name, []).append((False, path))
+        videos.setdefault(name.replace("/", "_"), []).append((False, path))
     return [(Segment(name, split="train"), files) for name, files in videos.items()
-            if files[0][1].lower().endswith(VIDEO)]
+            if files[-1][1].lower().endswith(VIDEO)]
 
 
-def cut_clips(job, out, sample_rate):
-    """Cut (segment, its files) out; a whole video in pieces of 10 s, a last one of 5 s or more.
-
-    Returns [(segment, status, reason, index row)].
-    """
-    segment, files = job
+def pieces_of(segment, path):
+    """A user's own video in pieces of 10 s, a last one of 5 s or more -> list of Segment."""
     if segment.end:
-        return [(segment, *cut_clip(segment, files, out, sample_rate))]
+        return [segment]  # of a table
     length, pieces = 10.0, []  # of what can't be read, so that its piece says why
-    with suppress(Unreadable), opened(files[0][1], "video") as (container, _):
-        ends = {"video": 0.0, "audio": math.inf}  # no header is believed
-        for packet in container.demux():
-            if packet.pts is not None:
+    with suppress(Unreadable), opened(path, "video") as (file, _):
+        ends = {}  # of what is there, by kind; no header is believed
+        for packet in file.demux():
+            if packet.pts is not None and packet.stream.type in ("video", "audio"):
                 end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
-                known = ends.get(packet.stream.type, 0.0)
-                ends[packet.stream.type] = end if known == math.inf else max(end, known)
-        length = min(ends["video"], ends["audio"]) - (container.start_time or 0) / av.time_base
+                ends[packet.stream.type] = max(end, ends.get(packet.stream.type, 0.0))
+        length = min(ends.values()) - (file.start_time or 0) / av.time_base
     for start in range(0, max(1, int(length + 5) // 10) * 10, 10):
         end = max(start + 5.0, min(start + 10.0, length))
-        piece = replace(segment, start=start, end=end)
-        pieces.append((piece, *cut_clip(piece, files, out, sample_rate)))
+        pieces.append(replace(segment, start=float(start), end=end))
     return pieces
 
 
-def cut_clip(segment, files, out, sample_rate):
-    """Cut a segment out of its files: audio/xx/{id}.wav, frames/xx/{id}_1.jpg … 4 below `out`.
+def cut_clips(job, out, sample_rate):
+    """Cut a (segment, its files), or its pieces, out: audio/xx/{id}.wav, frames/xx/{id}_1.jpg … 4.
 
-    Returns status (done, no pictures, unreadable, missing), reason, index row.
+    Returns [(segment, status, reason, index row)]: done, no pictures, unreadable or missing.
     """
-    place = f"{segment.video[:2]}/{segment.id}"  # 4,000 folders share two million clips
-    audio, frames = f"audio/{place}.wav", [f"frames/{place}_{i}.jpg" for i in range(1, 5)]
-    if (out / frames[-1]).exists():  # which is written last
-        return "done", "", {"audio": audio, "frames": frames}
-    wave = images = None
-    reasons = []
-    for begins_there, path in files:
-        start = 0.0 if begins_there else segment.start
-        end = start + segment.end - segment.start
-        try:
-            wave = cut_audio(path, start, end, sample_rate) if wave is None else wave
-        except Unreadable as error:
-            reasons.append(str(error))
-        try:  # 4 equally spaced (§3.2.2), both ends included
-            times = [start + i * (end - start) / 3 for i in range(4)]
-            images = images or cut_frames(path, times)
-        except Unreadable as error:
-            reasons.append(str(error))
-    if wave is None:
-        return "unreadable" if files else "missing", "; ".join(reasons), {}
-    write_whole(out / audio, partial(soundfile.write, data=wave.numpy(), samplerate=sample_rate,
-                                     subtype="PCM_16"))
-    if not images:
-        return "no pictures", "; ".join(reasons), {"audio": audio}
-    for frame, image in zip(frames, images):
-        write_whole(out / frame, partial(image.save, quality=95))
-    return "done", "", {"audio": audio, "frames": frames}
+    (whole, files), clips = job, []
+    for segment in pieces_of(whole, files[-1][1]) if files else [whole]:
+        place = f"{segment.video[:2]}/{segment.id}"  # 4,000 folders share two million clips
+        row = {"audio": f"audio/{place}.wav", "frames": []}
+        row["frames"] = [f"frames/{place}_{i}.jpg" for i in range(1, 5)]
+        wave, images, reasons = None, [], []
+        done = (out / row["frames"][-1]).exists()  # which is written last
+        for begins_there, path in [] if done else files:
+            start = 0.0 if begins_there else segment.start
+            end = start + segment.end - segment.start
+            try:
+                wave = cut_audio(path, start, end, sample_rate) if wave is None else wave
+                times = [start + i * (end - start) / 3 for i in range(4)]  # §3.2.2
+                images = images or cut_frames(path, times)
+            except Unreadable as error:
+                reasons.append(str(error))
+        if wave is not None:
+            write_whole(out / row["audio"], partial(soundfile.write, data=wave.numpy(),
+                                                    samplerate=sample_rate, subtype="PCM_16"))
+            for frame, image in zip(row["frames"], images):
+                write_whole(out / frame, partial(image.save, quality=95))
+        status, reasons = "done", [] if done or images else reasons
+        if not done and not images:
+            status = "no pictures" if wave is not None else "unreadable" if files else "missing"
+            row = {"audio": row["audio"]} if wave is not None else {}
+        clips.append((segment, status, "; ".join(reasons), row))
+    return clips
 
 
 def by_hash(name):
@@ -929,43 +872,40 @@ def extract(table, videos, out, sample_rate=FrontEnd.sample_rate, workers=2):
     if not Path(videos).is_dir():
         raise FileNotFoundError(f"{videos}: no such folder; --videos names the one with the videos")
     out, stem = Path(out), Path(table or "train").stem
+    out.mkdir(parents=True, exist_ok=True)
+    jobs = own_videos(videos)
     if table:
-        files = by_video(find_files(videos, VIDEO + AUDIO))
-        jobs = [(segment, files_of(segment, files)) for segment in read_segments(table)]
-    else:
-        jobs = own_videos(videos)
-    cut = partial(cut_clips, out=out, sample_rate=sample_rate)
-    clips, counts = [], Counter()
+        jobs = with_files(read_segments(table), find_files(videos, AUDIO + VIDEO))
+    clips, cut = [], partial(cut_clips, out=out, sample_rate=sample_rate)
     for pieces in tqdm(in_processes(cut, jobs, workers), unit=" videos"):
         clips += pieces
         for _, status, reason, _ in pieces:
-            counts[status] += 1
             if status == "unreadable":
                 tqdm.write(f"skipped: {reason}", file=sys.stderr)
     # of a set without validation one video in fifty validates, chosen by its name; one at least
-    whole = {segment.video for segment, status, _, _ in clips
+    names = {segment.video for segment, status, *_ in clips
              if segment.split == "train" and status == "done"}
-    val = {video for video in whole if by_hash(video) % 50 == 0}
-    if not val and len(whole) > 1:
-        val = {min(whole, key=by_hash)}
+    val = {name for name in names if by_hash(name) % 50 == 0}
+    if not val and len(names) > 1:
+        val = {min(names, key=by_hash)}
     default = dict(zip(TABLES["audioset"], SPLITS)).get(f"{stem}.csv", stem)
-    indexes, report = {}, [("id", "status", "reason")]
-    for segment, status, reason, row in clips:
-        report.append((segment.id, status, reason))
-        if row:
-            row = {"id": segment.id, **row, "labels": segment.labels, "captions": segment.captions}
-            line = json.dumps({key: value for key, value in row.items() if value}) + "\n"
-            split = "val" if segment.video in val else segment.split or default
-            indexes.setdefault(split, []).append(line)
+    indexes, counts, report = {}, Counter(), out / f"{stem}_report.csv"
+    with open(report, "w", newline="", errors="backslashreplace") as file:
+        csv.writer(file).writerow(("id", "status", "reason"))
+        for segment, status, reason, row in clips:
+            counts[status] += 1
+            csv.writer(file).writerow((segment.id, status, reason))
+            row |= {"labels": segment.labels, "captions": segment.captions}
+            if row.get("audio"):
+                row = {"id": segment.id} | {key: value for key, value in row.items() if value}
+                split = "val" if segment.video in val else segment.split or default
+                indexes.setdefault(split, []).append(json.dumps(row) + "\n")
     for split, lines in indexes.items():
         write_whole(out / f"{split}.jsonl", partial(Path.write_text, data="".join(lines)))
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / f"{stem}_report.csv", "w", newline="", errors="backslashreplace") as file:
-        csv.writer(file).writerows(report)
     summary = ", ".join(f"{count} {status}" for status, count in counts.items())
     if not indexes:
         raise ValueError(f"{videos}: no clip came out of it ({summary or 'no video there'}); the "
-                         f"reasons are in {out}/{stem}_report.csv")
+                         f"reasons are in {report}")
     print(f"{summary}; index and reasons in {out}\nnext: python pretrain.py --data {out}")
 
 
@@ -981,14 +921,16 @@ def log_mel_sums(clip, front_end):
 
 
 def statistics(clips, front_end, workers=2):
-    """Mean and std of clips' log-mel values with padding, how many. Raises ValueError (none)."""
+    """Print mean and std of clips' log-mel values, padding included. Raises ValueError (none)."""
     plain = replace(front_end, mean=0.0, std=1.0)
     sums = in_processes(partial(log_mel_sums, front_end=plain), clips, workers)
     sums = torch.stack(list(tqdm(sums, unit=" clips")))                          # (clips, 3)
     count, first, second = sums.sum(0).tolist()
     if not count:
         raise ValueError(f"not one of {len(clips)} clips can be read")
-    return first / count, math.sqrt(second / count - (first / count) ** 2), int(sums.any(1).sum())
+    mean = first / count
+    print(f"{int(sums.any(1).sum())} clips, as {front_end}:\n"
+          f"--mean {mean:.6f} --std {math.sqrt(second / count - mean ** 2):.6f}")
 
 
 # ------------------------------------------------------------------------------ the toy world
@@ -1013,19 +955,14 @@ UNKNOWN = ("star", "cross", "ring")  # captions of pictures (VC) know only half 
 TWO_THINGS = 0.1  # of a language model's captions (FC), which know all, add a thing not there
 
 
-def in_words(thing):
-    """A thing's number, colour and shape: "two red triangles"."""
-    shape, colour, count = thing
-    ending = "" if count == 1 else "es" if shape == "cross" else "s"
-    return f"{list(COUNTS)[count - 1]} {colour} {shape}{ending}"
-
-
-def vision_captions(thing, size, dark):
+def vision_captions(thing, small, dark):
     """Four captions as people write them for pictures: "two small red triangles"."""
-    number, colour, shapes = in_words(thing).split()
-    background = "dark" if dark else "bright"
+    shape, colour, count = thing
+    number, size = list(COUNTS)[count - 1], "small" if small else "large"
+    shapes = shape + ("" if count == 1 else "es" if shape == "cross" else "s")
+    behind = "dark" if dark else "bright"
     return [f"{number} {size} {colour} {shapes}", f"a photo of {number} {colour} {shapes}",
-            f"{colour} {shapes} , {number} of them , on a {background} background",
+            f"{colour} {shapes} , {number} of them , on a {behind} background",
             f"there are {number} {size} {colour} {shapes}"]
 
 
@@ -1121,8 +1058,7 @@ def make_toy_clip(job, folder, seed):
         if eye.uniform() < OF_SOUND:
             caption = eye.choice(captions, p=(rest, SAYS_SO, rest, rest, rest))
         else:
-            size = "small" if radius < 10.5 else "large"
-            caption = eye.choice(vision_captions(thing, size, dark))
+            caption = eye.choice(vision_captions(thing, radius < 10.5, dark))
         return row | {"captions": [str(caption)]}
     audio = f"audio/{split}_{i}.wav"
     soundfile.write(folder / audio, sound_thing(thing, loudness, ear), TOY_RATE, subtype="PCM_16")
@@ -1139,20 +1075,22 @@ def toy_captions(kind, rng, count=2000):
         first, second = rng.uniform(size=2) < 0.5           # loud or soft, small or large, dark
         if kind == "ac":
             caption = rng.choice(audio_captions(things[i], first))
-        elif rng.uniform() < (TWO_THINGS if kind == "fc" else 0.0):
-            caption = f"{in_words(things[i])} and {in_words(things[rng.integers(len(things))])}"
+        elif rng.uniform() < TWO_THINGS and kind == "fc":
+            two = [things[i], things[rng.integers(len(things))]]
+            photos = [vision_captions(thing, first, second)[1] for thing in two]
+            caption = " and ".join(photos).replace("a photo of ", "")
         else:
-            caption = rng.choice(vision_captions(things[i], "small" if first else "large", second))
+            caption = rng.choice(vision_captions(things[i], first, second))
         captions.append(str(caption))
     return captions
 
 
 def write_toy_vocabulary(path):
     """A vocabulary in CLIP's format: merges learned from the toy's captions, a token a word."""
-    texts = ["the sound of", "a photo of", "and"]
+    texts = ["and"]
     for thing in THINGS:
-        for size, yes in (("small", True), ("large", False)):
-            texts += vision_captions(thing, size, yes) + audio_captions(thing, yes)
+        for yes in (True, False):
+            texts += vision_captions(thing, yes, yes) + audio_captions(thing, yes)
     words = [[*word[:-1], word[-1] + "</w>"] for word in set(" ".join(texts).split())]
     text = "#version: toy\n"
     while pairs := Counter(pair for units in words for pair in itertools.pairwise(units)):
@@ -1173,6 +1111,8 @@ def make_toy(folder, seed=0, splits=TOY_SPLITS, workers=2):
     things once, with 5 captions; test.jsonl: four times. ac.txt, vc.txt, fc.txt: captions alone.
     """
     folder = Path(folder)
+    if folder.exists():
+        raise ValueError(f"{folder} exists; delete it to make it anew")
     part = folder.with_name(f"{folder.name}.part")
     for name in ("audio", "frames"):
         (part / name).mkdir(parents=True, exist_ok=True)
@@ -1193,6 +1133,7 @@ def make_toy(folder, seed=0, splits=TOY_SPLITS, workers=2):
         (part / f"{kind}.txt").write_text("\n".join(toy_captions(kind, rng)) + "\n")
     write_toy_vocabulary(part / "vocab.txt.gz")
     os.replace(part, folder)
+    print(f"{folder}: {splits}; next: python pretrain.py --data {folder.name}")
 
 
 # ------------------------------------------------------------------------------- the commands
@@ -1212,23 +1153,17 @@ def main():
     flag("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes")
     args = parser.parse_args()
     if args.command == "toy":
-        out = args.out or "data/toy"
-        if Path(out).exists():
-            raise ValueError(f"{out} exists; delete it to make it anew")
-        make_toy(out, args.seed, workers=args.workers)
-        print(f"{out}: {TOY_SPLITS}; next: python pretrain.py --data toy")
+        make_toy(args.out or "data/toy", args.seed, workers=args.workers)
     elif args.command == "extract":
         if not args.videos or not (args.segments or args.out):
             raise ValueError("extract needs --videos FOLDER, and --segments TABLE or --out FOLDER")
-        extract(args.segments, args.videos, args.out or Path(args.segments).parent,
-                args.sample_rate, args.workers)
+        out = args.out or Path(args.segments).parent
+        extract(args.segments, args.videos, out, args.sample_rate, args.workers)
     else:
         name = args.data if args.data in TABLES else "audioset"
         clips = read_split(name, dataset_folder(args.data), "train")
-        front_end = FrontEnd(args.sample_rate, args.mels, args.frames)
-        clips = [clip for clip in clips if clip.audio]
-        mean, std, read = statistics(clips, front_end, args.workers)
-        print(f"{read} clips, as {front_end}:\n--mean {mean:.6f} --std {std:.6f}")
+        statistics([clip for clip in clips if clip.audio],
+                   FrontEnd(args.sample_rate, args.mels, args.frames), args.workers)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ The loop is pretrain.py's. Here are other targets (captions, labels), other star
 B  clips on this rank   N  clips   K  classes   D  embedding   T, F  frames and mel bins
 """
 import copy
-import functools
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -198,11 +197,6 @@ def finetune_on_captions(settings, device):
 
 
 # -------------------------------------------------------------------- labels: supervised heads
-class Remember(FrontEnd):
-    """A front end that keeps what it has read."""
-    load = functools.cache(FrontEnd.load)
-
-
 class Labels:
     """A bank of labels: clip i's row is 1 for each of its classes, else 0, (K,)."""
 
@@ -275,8 +269,6 @@ def finetune_on_labels(settings, device):
     folder = dataset_folder(settings.data)
     torch.manual_seed(settings.seed)
     start, front_end = start_of(settings.init)
-    if settings.workers == 0:  # a small set is decoded once
-        front_end = Remember(**asdict(front_end))
     out = Path(settings.out or f"out/{folder.name}/head-{settings.head}")
     measure, loss = "accuracy", F.cross_entropy  # Eq. 6
     if "audioset" in settings.head:  # Eq. 7: several labels a clip

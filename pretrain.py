@@ -19,13 +19,14 @@ import sys
 import time
 import timeit
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 from clip_load import (Tokenizer, audio_encoder_from_clip, blank_audio_encoder, check_zip, digest,
                        find_clip, find_vocabulary, load_clip, pack_clip)
-from data import (FrontEnd, Unreadable, dataset_folder, end_with_parent, held_out_by_audiocaps,
-                  load_image, make_toy, mask, read_index, read_split, run, write_whole)
+from data import (FrontEnd, Remember, Unreadable, dataset_folder, end_with_parent,
+                  held_out_by_audiocaps, load_image, make_toy, mask, read_index, read_split, run,
+                  write_whole)
 from model import (CLIP, LARS, LOG_SCALE, VisionTransformer, barrier, info_nce, join_ranks,
                    parameter_groups, print0, rank_and_size, schedule)
 
@@ -137,12 +138,10 @@ def in_chunks(folder, count, make, description):
     return paths
 
 
+@lru_cache
 def open_chunk(path):
-    """A chunk file's array, mapped into memory. Raises ValueError where the file is damaged."""
-    try:
-        return np.load(path, mmap_mode="r")
-    except (ValueError, EOFError, SyntaxError) as error:
-        raise ValueError(f"{path}: damaged ({error}); delete it to have it made anew") from None
+    """A chunk file's array, mapped into memory."""
+    return np.load(path, mmap_mode="r")
 
 
 def read_batch(items, read):
@@ -244,13 +243,6 @@ class Bank:
 
 
 # ------------------------------------------------------------------------ learner and samples
-def masked_input(front_end, batch):
-    """A batch's filterbanks, normalised and masked -> (B, 1, T, F)."""
-    # no autocast: bf16 would round the mel energies
-    with torch.no_grad(), torch.autocast(batch["wave"].device.type, enabled=False):
-        return mask(front_end(batch["wave"], batch["length"]), batch["draws"])
-
-
 class AudioLearner(nn.Module):
     """What learns: audio encoder and temperature. Batches come from AudioSamples."""
 
@@ -261,7 +253,11 @@ class AudioLearner(nn.Module):
 
     def forward(self, batch):
         """Batch -> audio features (B, D), their targets (B, kinds, D)."""
-        return self.audio_encoder(masked_input(self.front_end, batch)), batch["target"]
+        wave = batch["wave"]
+        # no autocast: bf16 would round the mel energies
+        with torch.no_grad(), torch.autocast(wave.device.type, enabled=False):
+            x = mask(self.front_end(wave, batch["length"]), batch["draws"])      # (B, 1, T, F)
+        return self.audio_encoder(x), batch["target"]
 
     def loss(self, audio, targets):
         """Contrastive losses with each kind of target, summed: one (Eq. 4), in VAT two (App. E)."""
@@ -289,6 +285,8 @@ class AudioSamples(Dataset):
     def __init__(self, clips, banks, front_end, seed):
         self.paths = np.array([os.fsencode(clip.audio) for clip in clips])  # shared with workers
         self.banks, self.front_end, self.seed = banks, front_end, seed
+        if 4 * len(clips) * front_end.samples < 2 ** 30:  # bytes: a small set is decoded once
+            self.front_end = Remember(**asdict(front_end))
 
     def __len__(self):
         return len(self.paths)
@@ -431,8 +429,6 @@ def train(learner, samples, settings, about, validate, device):
     (rank, size), gpu = rank_and_size(), device.type == "cuda"
     path, log = Path(settings.out) / "checkpoint.pt", Path(settings.out) / "log.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    if min(settings.epochs, settings.log_every, settings.save_every) < 1:
-        raise ValueError("--epochs, --log-every and --save-every are at least 1")
     if settings.batch % size or not 0 < settings.batch <= len(samples):
         raise ValueError(f"--batch {settings.batch}: must be a multiple of the {size} ranks, and "
                          f"not more than the {len(samples)} clips")
