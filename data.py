@@ -28,7 +28,7 @@ import time
 import unicodedata
 from collections import Counter
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache, partial
 from pathlib import Path
@@ -174,8 +174,10 @@ def sound_blocks(path):
 
 def resample(path, wave, rate, new_rate):
     """A stretch of a file's sound, array (S,), at another rate in Hz -> tensor in [-1, 1]."""
-    if not (1000 <= rate <= 1_000_000 and np.isfinite(wave).all()):
-        raise Unreadable(f"{path}: holds NaN or infinite samples, or {rate} samples a second")
+    if not 1000 <= rate <= 1_000_000:
+        raise Unreadable(f"{path}: says it has {rate} samples a second; is its header damaged?")
+    if not np.isfinite(wave).all():
+        raise Unreadable(f"{path}: holds NaN or infinite samples")
     wave = torch.from_numpy(wave.copy())
     if rate != new_rate:
         ratio = Fraction(new_rate, rate).limit_denominator(1000)  # the filter grows with its terms
@@ -385,6 +387,15 @@ class Clip:
     captions: tuple = ()
     fold: int = 0           # of a dataset with published folds, from 1
     easy: bool = False      # in ESC-10, the easier part of ESC-50
+    start: float = 0.0      # s in the video, of a clip that is to be cut out of one
+    end: float = 0.0        # without an end all of a user's own video
+    split: str = ""         # VGGSound's table has two
+    numbers: tuple = ()     # AudioCaps' own ids
+
+    @property
+    def video(self):
+        """Of a clip out of a video, YouTube's id or the file's name."""
+        return self.id.rpartition("_")[0]
 
     @property
     def middle_frame(self):
@@ -555,11 +566,9 @@ def read_split(name, folder, split="test", need=()):
         raise FileNotFoundError(f"{folder}: neither {index.name} nor {table.name} is there. "
                                 f"Get it: {SOURCES.get(name, 'README.md, Datasets')}")
     if name not in COLUMNS:
-        files = find_files(table.parent, AUDIO)
-        segments = [each for each in read_segments(table) if each.split in ("", split)]
-        return [Clip(segment.id, found[0][1] if found else "", labels=tuple(segment.labels),
-                     captions=tuple(segment.captions))
-                for segment, found in with_files(segments, files)]
+        clips = [clip for clip in read_segments(table) if clip.split in ("", split)]
+        found = with_files(clips, find_files(table.parent, AUDIO))
+        return [replace(clip, audio=files[0][1]) if files else clip for clip, files in found]
 
     def clip_of_row(row):
         sound = row[COLUMNS[name][0]]
@@ -588,25 +597,14 @@ def read_coco_captions(folder, split):
 
 
 # AudioSet, AudioCaps and VGGSound come as YouTube's ids; what is on disk is named after them.
-@dataclass
-class Segment:
-    """A stretch of a video, as a table lists it; without an end all of a user's own video."""
-    video: str
-    start: float = 0.0      # seconds
-    end: float = 0.0
-    split: str = ""         # VGGSound's table has two
-    labels: list = field(default_factory=list)
-    captions: list = field(default_factory=list)
-    numbers: list = field(default_factory=list)  # AudioCaps' own ids
-
-    @property
-    def id(self):
-        return f"{self.video}_{round(self.start, 3):g}"
+def segment_of(video, start=0.0, end=0.0, split="", labels=()):
+    """A stretch of a video, in s -> Clip, not yet on disk."""
+    return Clip(f"{video}_{round(start, 3):g}", labels=labels, start=start, end=end, split=split)
 
 
 def read_segments(path):
-    """AudioSet's tables (which begin with #), VGGSound's, AudioCaps' -> list of Segment."""
-    names, segments = class_names(Path(path).parent), {}
+    """AudioSet's tables (which begin with #), VGGSound's, AudioCaps' -> list of Clip, no files."""
+    names, clips = class_names(Path(path).parent), {}
     columns = ("youtube_id", "start_time", "caption")
     if Path(path).name.startswith("vggsound"):
         columns = ("youtube_id", "start_time", "label", "split")
@@ -620,19 +618,19 @@ def read_segments(path):
             raise ValueError(f"{video!r} is no id of a YouTube video")
         if not (start >= 0 and 0.025 <= end - start <= 3600):
             raise ValueError(f"{start:g} to {end:g} s is no stretch to cut out")
-        segment = Segment(video, start, end, row.get("split", ""))
-        segment = segments.setdefault(segment.id, segment)
-        if "caption" in row:  # AudioCaps, a row a caption
-            segment.captions.append(" ".join(row["caption"].split()))
-            segment.numbers.append(row.get("audiocap_id"))
-        elif "label" in row:
-            segment.labels = [row["label"]]
-        else:
+        labels = (row["label"],) if "label" in row else ()
+        if "positive_labels" in row:
             mids = [mid.strip() for mid in row["positive_labels"].split(",")]
-            segment.labels = [names.get(mid, mid) for mid in mids]
+            labels = tuple(names.get(mid, mid) for mid in mids)
+        clip = segment_of(video, start, end, row.get("split", ""), labels)
+        clip = clips.get(clip.id, clip)
+        if "caption" in row:  # AudioCaps, a row a caption
+            captions = (*clip.captions, " ".join(row["caption"].split()))
+            clip = replace(clip, captions=captions, numbers=(*clip.numbers, row.get("audiocap_id")))
+        clips[clip.id] = clip
 
     read_table(path, add, columns, header="caption" in columns)
-    return list(segments.values())
+    return list(clips.values())
 
 
 def find_files(folder, endings):
@@ -690,7 +688,7 @@ def add_labels(clips, folder):
     for table in TABLES["audioset"]:
         if (Path(folder) / table).exists():
             for segment in read_segments(Path(folder) / table):
-                labels[segment.video] = tuple(segment.labels)
+                labels[segment.video] = segment.labels
     return [replace(clip, labels=labels.get(clip.id[:11], clip.labels)) for clip in clips]
 
 
@@ -760,6 +758,7 @@ def cut_audio(path, start, end, sample_rate):
                 break
         if heard < end - SLACK:
             raise Unreadable(f"{path}: its sound ends before {end:g} s")
+        blocks.append(np.zeros(size, np.float32))  # for what it lacks
         wave = np.concatenate(blocks)[max(0, at):][:size]                            # (S,)
         if wave.any():
             break
@@ -795,19 +794,19 @@ def upright(frame):
 
 
 def own_videos(folder):
-    """A folder's videos, after their sound if that is another file -> [(Segment, files)]."""
+    """A folder's videos, after their sound if that is another file -> [(Clip, files)]."""
     videos = {}
     for path in find_files(folder, AUDIO) + find_files(folder, VIDEO):
         name = re.sub(r"(\.f\d+)?\.\w+$", "", os.path.relpath(path, folder))  # yt-dlp's .f137
         if len(os.fsencode(name)) > 200:  # for a clip's file name
             name = f"{by_hash(name):x}"
         videos.setdefault(name.replace("/", "_"), []).append((False, path))
-    return [(Segment(name, split="train"), files) for name, files in videos.items()
+    return [(segment_of(name, split="train"), files) for name, files in videos.items()
             if files[-1][1].lower().endswith(VIDEO)]
 
 
 def pieces_of(segment, path):
-    """A user's own video in pieces of 10 s, a last one of 5 s or more -> list of Segment."""
+    """A user's own video in pieces of 10 s, a last one of 5 s or more -> list of Clip."""
     if segment.end:
         return [segment]  # of a table
     length, pieces = 10.0, []  # of what can't be read, so that its piece says why
@@ -820,7 +819,7 @@ def pieces_of(segment, path):
         length = min(ends.values()) - (file.start_time or 0) / av.time_base
     for start in range(0, max(1, int(length + 5) // 10) * 10, 10):
         end = max(start + 5.0, min(start + 10.0, length))
-        pieces.append(replace(segment, start=float(start), end=end))
+        pieces.append(segment_of(segment.video, start, end, segment.split))
     return pieces
 
 
