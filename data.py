@@ -15,7 +15,6 @@ os.environ.setdefault("KMP_BLOCKTIME", "1")      # read when torch loads it (on 
 import argparse
 import csv
 import ctypes
-import glob
 import gzip
 import hashlib
 import itertools
@@ -541,10 +540,10 @@ def clip_of(row, folder, names, need):
     missing = [key for key in need if not lists[key]]
     if missing or row.get("id") in (None, ""):
         raise ValueError(f"lacks {', '.join(missing or ['id'])}; has {', '.join(sorted(row))}")
-    audio, *frames = (inside(folder, name) if name else ""
-                      for name in (lists["audio"] or [""])[:1] + lists["frames"])
+    audio = inside(folder, lists["audio"][0]) if lists["audio"] else ""
+    frames = tuple(inside(folder, frame) for frame in lists["frames"])
     labels = tuple(names.get(label, label) for label in lists["labels"])
-    return Clip(str(row["id"]), audio, tuple(frames), labels, tuple(lists["captions"]),
+    return Clip(str(row["id"]), audio, frames, labels, tuple(lists["captions"]),
                 int(row.get("fold") or 0))
 
 
@@ -635,33 +634,40 @@ def read_segments(path):
 
 def find_files(folder, endings):
     """Files below a folder with one of these endings, links followed -> sorted list of paths."""
-    paths = (os.path.join(folder, name)
-             for name in glob.iglob("**/*.*", root_dir=folder, recursive=True))
-    return sorted(path for path in paths if path.lower().endswith(endings))
+    found, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(place) in seen:  # a link that leads back up
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(place))
+        found += [os.path.join(place, name) for name in names
+                  if name.lower().endswith(endings) and not name.startswith(".")]
+    return sorted(found)
 
 
 def with_files(segments, paths):
-    """Each segment with its files -> [(segment, [(whether it begins where they do, path)])].
+    """Each segment with its files, likeliest first -> [(segment, [(begins there, path)])].
 
     A file's name is AudioCaps' own number, or holds the video's id (Y{id}, Title [{id}], ...), then
-    perhaps where it starts, in seconds or milliseconds. Likeliest first.
+    perhaps the second or millisecond that it begins at; else it is the whole video.
     """
-    named, found = {}, {segment.id: set() for segment in segments}
+    named, found = {}, {}
     for segment in segments:
         for name in (segment.video, *segment.numbers):
             named.setdefault(name, []).append(segment)
     for path in paths:
         stem = os.path.splitext(os.path.basename(path))[0]
         for at in range(max(1, len(stem) - 10)):
-            start = re.match(r"\]?[ _.,-]*(\d+)", stem[at + 11:])
             for segment in named.get(stem[at:at + 11], ()):
-                seconds = int(segment.start), int(1000 * segment.start)
-                if not start or int(start[1]) in seconds:
-                    numbered = len(stem) < 11
-                    found[segment.id].add((bool(start) or numbered, path))
-    # sounds before videos of the same name
-    return [(segment, sorted(found[segment.id], key=lambda file: (
-        not file[0], file[1].lower().endswith(VIDEO), file[1]))) for segment in segments]
+                start = re.match(r"\]?[ _.,-]*(\d+)", stem[at + 11:])
+                begins_there = bool(start) or len(stem) < 11
+                if not start or int(start[1]) in (int(segment.start), int(1000 * segment.start)):
+                    found.setdefault(segment.id, set()).add((begins_there, path))
+
+    def rank(file):
+        return not file[0], file[1].lower().endswith(VIDEO), file[1]
+
+    return [(segment, sorted(found.get(segment.id, ()), key=rank)) for segment in segments]
 
 
 def class_names(folder):
