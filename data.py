@@ -941,8 +941,13 @@ def statistics(clips, front_end, workers=2):
 # ------------------------------------------------------------------------------ the toy world
 # Sounding shapes, what shakespeare_char is to nanoGPT. What a thing looks like (shape, colour,
 # count) fixes what it sounds like (timbre, pitch, pulses); all else varies freely.
-SHAPES = {"circle": "hum", "square": "buzz", "triangle": "rasp", "star": "chirp", "cross": "hiss",
-          "ring": "warble"}
+SHAPES = {  # shape -> how far its corners lie from its middle, its timbre, and that one's wave
+    "circle": ([1] * 24, "hum", lambda phase, t, noise: np.sin(phase)),
+    "diamond": ([1] * 4, "buzz", lambda phase, t, noise: np.sign(np.sin(phase))),
+    "triangle": ([1] * 3, "rasp", lambda phase, t, noise: phase / np.pi % 2 - 1),
+    "star": ([1, 0.4] * 5, "chirp", lambda phase, t, noise: np.sin(phase * (1 + 3 * t))),
+    "spark": ([1, 0.3] * 4, "hiss", lambda phase, t, noise: np.sin(phase + noise.cumsum() / 2)),
+    "ring": ([1] * 24, "warble", lambda phase, t, noise: np.sin(phase + 8 * np.sin(125 * t)))}
 COLOURS = {  # colour -> its RGB, its pitch, and that pitch in Hz
     "red": ((220, 40, 40), "deep", 200), "yellow": ((230, 210, 40), "low", 340),
     "green": ((40, 180, 60), "mellow", 580), "blue": ((50, 80, 230), "high", 1000),
@@ -951,20 +956,20 @@ COUNTS = {"one": "once", "two": "twice", "three": "three times", "four": "four t
 THINGS = list(itertools.product(SHAPES, COLOURS, range(1, 5)))  # 144
 TOY_RATE, TOY_IMAGE = 16_000, 64  # Hz, pixels
 TOY_SPLITS = {"pairs": 8000, "train": 4000, "val": 144, "test": 576}
-TOY_GOLD = 1000  # training clips that gold.jsonl has a caption for
+TOY_GOLD = 2000  # training clips that gold.jsonl has a caption for
 # What makes the paper's world hard, and its method work:
 OFF_SCREEN = 0.5  # of the training videos show another thing than the one that sounds
 OF_SOUND = 0.03   # of the web's captions name the sound, not the looks; none is a bare label,
-SAYS_SO = 0.5     # and every second of these says "the sound of"
-UNKNOWN = ("star", "cross", "ring")  # captions of pictures (VC) know only half of what there is
-TWO_THINGS = 0.1  # of a language model's captions (FC), which know all, add a thing not there
+SAYS_SO = 0.8     # and four of five of these say "the sound of"
+UNKNOWN = ("star", "spark", "ring")  # captions of pictures (VC) know only half of what there is
+TWO_THINGS = 0.2  # of a language model's captions (FC), which know all, add a thing not there
 
 
 def vision_captions(thing, small, dark):
     """Four captions as people write them for pictures: "two small red triangles"."""
     shape, colour, count = thing
     number, size = list(COUNTS)[count - 1], "small" if small else "large"
-    shapes = shape + ("" if count == 1 else "es" if shape == "cross" else "s")
+    shapes = shape + ("s" if count > 1 else "")
     behind = "dark" if dark else "bright"
     return [f"{number} {size} {colour} {shapes}", f"a photo of {number} {colour} {shapes}",
             f"{colour} {shapes} , {number} of them , on a {behind} background",
@@ -974,7 +979,7 @@ def vision_captions(thing, small, dark):
 def audio_captions(thing, loud):
     """Five captions as people write them for sounds: "a high rasp , twice"."""
     shape, colour, count = thing
-    timbre, pitch, times = SHAPES[shape], COLOURS[colour][1], list(COUNTS.values())[count - 1]
+    timbre, pitch, times = SHAPES[shape][1], COLOURS[colour][1], list(COUNTS.values())[count - 1]
     loudness = "loud" if loud else "soft"
     return [f"a {pitch} {timbre} , {times}", f"the sound of a {loudness} {pitch} {timbre} {times}",
             f"{times} a {pitch} {timbre} is heard",
@@ -986,26 +991,13 @@ def draw_thing(thing, radius, background, places):
     """Picture of a thing's shapes around `places` (count, 2), in pixels -> 64×64 PIL image."""
     shape, colour, _ = thing
     image = Image.new("RGB", (TOY_IMAGE, TOY_IMAGE), background)
-    draw, fill = ImageDraw.Draw(image), COLOURS[colour][0]
-    third = radius / 3
-    for x, y in places:
-        box = (x - radius, y - radius, x + radius, y + radius)
-        if shape == "circle":
-            draw.ellipse(box, fill=fill)
-        elif shape == "ring":
-            draw.ellipse(box, outline=fill, width=max(2, int(third)))
-        elif shape == "square":
-            draw.rectangle(box, fill=fill)
-        elif shape == "cross":
-            draw.rectangle((x - radius, y - third, x + radius, y + third), fill=fill)
-            draw.rectangle((x - third, y - radius, x + third, y + radius), fill=fill)
-        else:  # a star has ten corners, every second one drawn in
-            reaches = [radius] * 3 if shape == "triangle" else [radius, 0.4 * radius] * 5
-            corners = []
-            for i, reach in enumerate(reaches):
-                angle = 2 * math.pi * i / len(reaches) - math.pi / 2
-                corners.append((x + reach * math.cos(angle), y + reach * math.sin(angle)))
-            draw.polygon(corners, fill=fill)
+    reach, rgb = radius * np.array(SHAPES[shape][0]), COLOURS[colour][0]
+    angles = 2 * np.pi * np.arange(len(reach)) / len(reach) - np.pi / 2  # the first one is on top
+    corners = reach[:, None] * np.stack([np.cos(angles), np.sin(angles)], 1)     # (corners, 2)
+    for place in places:
+        outline = [tuple(corner) for corner in place + corners]
+        fill = None if shape == "ring" else rgb
+        ImageDraw.Draw(image).polygon(outline, fill, rgb, width=3)
     return image
 
 
@@ -1015,26 +1007,12 @@ def sound_thing(thing, loudness, rng):
     seconds = np.arange(TOY_RATE) / TOY_RATE                                     # (S,)
     pitch = COLOURS[colour][2] * rng.uniform(0.94, 1.06)
     pulse, since = np.divmod(seconds - rng.uniform(0, 0.1), 0.88 / count)  # which one, begun when
-    phase = 2 * np.pi * (pitch * since + rng.uniform())
-    if shape == "circle":
-        tone = np.sin(phase)
-    elif shape == "square":
-        tone = np.sign(np.sin(phase))
-    elif shape == "triangle":
-        tone = phase / np.pi % 2 - 1
-    elif shape == "star":        # sweeps up
-        tone = np.sin(phase * (1 + 3 * since))
-    elif shape == "cross":       # noise around the pitch
-        noise = np.fft.rfft(rng.standard_normal(TOY_RATE))  # of 1 s: bin i is i Hz
-        noise[np.abs(np.log(np.arange(1, len(noise) + 1) / pitch)) > 0.5] = 0
-        tone = np.fft.irfft(noise, TOY_RATE)
-        tone /= tone.std()
-    else:                        # vibrato
-        tone = np.sin(phase + pitch / 100 * np.sin(2 * np.pi * 20 * since))
+    noise = rng.standard_normal(TOY_RATE)
+    tone = SHAPES[shape][2](2 * np.pi * (pitch * since + rng.uniform()), since, noise)
     envelope = np.clip(np.minimum(since / 0.01, (0.14 - since) / 0.03), 0, 1)
     envelope *= (pulse >= 0) & (pulse < count)
-    noise = 0.05 * rng.uniform(0.4, 2) * rng.standard_normal(TOY_RATE)
-    return np.clip(loudness * (0.5 * envelope * tone + noise), -1, 1).astype(np.float32)
+    wave = 0.5 * envelope * tone + 0.05 * rng.uniform(0.4, 2) * noise
+    return np.clip(loudness * wave, -1, 1).astype(np.float32)
 
 
 def make_toy_clip(job, folder, seed):
@@ -1067,7 +1045,7 @@ def make_toy_clip(job, folder, seed):
         return row | {"captions": [str(caption)]}
     audio = f"audio/{split}_{i}.wav"
     soundfile.write(folder / audio, sound_thing(thing, loudness, ear), TOY_RATE, subtype="PCM_16")
-    label = f"{COLOURS[thing[1]][1]} {SHAPES[thing[0]]}"
+    label = f"{COLOURS[thing[1]][1]} {SHAPES[thing[0]][1]}"
     fold = {"fold": i // 144 + 1} if held_out else {}  # each thing once in a gallery
     return row | {"audio": audio, "labels": [label], "captions": captions} | fold
 

@@ -78,7 +78,7 @@ PRESETS = {
     "esc10": Settings(head="esc10", data="esc50", init="random", optimizer="adam", batch=32,
                       epochs=30, warmup_epochs=3.0, lr_weights=1e-3, lr_biases=1e-3,
                       weight_decay=0.0, mixup=0.5, workers=0, log_every=100),
-    "toy": Settings(data="toy", init="out/toy/pretrain/checkpoint.pt", steps=200, warmup_steps=31,
+    "toy": Settings(data="toy", init="out/toy/pretrain/checkpoint.pt", epochs=10, warmup_epochs=1.0,
                     lr_weights=2.0, precision="fp32", workers=1, log_every=100),
 }
 
