@@ -93,8 +93,8 @@ class Settings(Training):
 # The paper at half its scale: 64 mel bins, patches of 16 pixels (the toy CLIP's), side by side.
 # Mean and std are the toy's own; 62 steps are an epoch.
 TOY = Settings(data="toy", leave_out="none", clip="out/toy/clip/clip.pt",
-               vocab="data/toy/vocab.txt.gz", sample_rate=16_000, mels=64, frames=100, mean=-2.21,
-               std=3.51, stride_time=16, stride_mel=16, batch=64, epochs=9, warmup_epochs=0.5,
+               vocab="data/toy/vocab.txt.gz", sample_rate=16_000, mels=64, frames=100, mean=-2.16,
+               std=3.5, stride_time=16, stride_mel=16, batch=64, epochs=9, warmup_epochs=0.5,
                lr_weights=5.0, lr_biases=7e-3, precision="fp32", workers=1, log_every=62)
 
 
