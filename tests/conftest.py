@@ -1,9 +1,9 @@
 """What the tests share: a small world in the real formats, a small CLIP, real processes."""
 import os
-import signal
+import random
 import subprocess
 import sys
-import threading
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -14,9 +14,52 @@ import clip_load
 import model
 
 import pytest
+import soundfile
 import torch
 
 torch.set_num_threads(1)
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+                            "HF_HUB_OFFLINE": "1", "TQDM_MININTERVAL": "0",
+                            "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+
+
+def command(*words, ranks=1):
+    """A command line: a script of ours and its flags, under torchrun where there are ranks."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    words = [str(ROOT / word) if str(word).endswith(".py") else str(word) for word in words]
+    return [sys.executable, *(launcher if ranks > 1 else []), *words]
+
+
+def run(*words, ranks=1, check=True, cwd=None):
+    """Run a script as a user does -> the finished process with its output as text."""
+    home = {"HOME": str(cwd)} if cwd else {}  # a folder of its own, so without a cache
+    done = subprocess.run(command(*words, ranks=ranks), env=ENVIRONMENT | home, cwd=cwd, text=True,
+                          capture_output=True, timeout=300, check=False)
+    assert not check or done.returncode == 0, f"{words}\n{done.stdout}{done.stderr}"
+    return done
+
+
+def kill(text, *words, ranks=1, count=1):
+    """Run a script and kill it (SIGKILL) a moment after its `count`th line that holds a text (each
+    step of a bar is a line) -> seconds until the last of its processes had ended, for all of them
+    hold the pipe open; None where it had ended by itself."""
+    process = subprocess.Popen(command(*words, ranks=ranks), env=ENVIRONMENT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    killed = 0
+    for line in process.stdout:
+        count -= text in line
+        if count == 0 and not killed:
+            time.sleep(random.uniform(0, 0.02))
+            process.kill()
+            killed = time.monotonic()
+    return time.monotonic() - killed if process.wait() < 0 else None
+
+
+def kill_at_random(stages, *words):
+    """Kill a script at a random moment of each stage, named by its lines; then let it end."""
+    for text in stages:
+        assert kill(text, *words, count=random.randint(1, 6)), text
+    run(*words)
 
 
 @pytest.fixture(scope="session")
@@ -48,63 +91,34 @@ def small_clip(world, tmp_path_factory):
     return path
 
 
-def command(script, *flags, ranks=1):
-    """A script's command line, under torchrun where there are several ranks."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return [sys.executable, *(launcher if ranks > 1 else []), str(ROOT / script), *map(str, flags)]
-
-
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-                            "HF_HUB_OFFLINE": "1"}
-
-
-@pytest.fixture(scope="session")
-def run():
-    """Run a script as a user does -> the finished process with its output as text."""
-    def run(script, *flags, ranks=1, check=True, cwd=None):
-        done = subprocess.run(command(script, *flags, ranks=ranks), env=ENVIRONMENT, cwd=cwd,
-                              text=True, capture_output=True, timeout=300, check=False)
-        assert not check or done.returncode == 0, done.stdout + done.stderr
-        return done
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def kill():
-    """Run a script and kill it (SIGKILL) after so many seconds, or when it has printed a line that
-    begins with a text -> whether it was still running."""
-    def kill(when, script, *flags, ranks=1, cwd=None):
-        process = subprocess.Popen(command(script, *flags, ranks=ranks), env=ENVIRONMENT, cwd=cwd,
-                                   stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        timer = threading.Timer(300 if isinstance(when, str) else when, process.kill)
-        timer.start()
-        for line in process.stdout:
-            if isinstance(when, str) and line.startswith(when):
-                process.kill()
-        timer.cancel()
-        return process.wait() == -signal.SIGKILL
-
-    return kill
-
-
-@pytest.fixture
-def pretrain_flags(world, small_clip, tmp_path):
-    """Flags of a small pre-training on the small world: 4 steps an epoch, 5 epochs."""
-    return small_pretraining(world, small_clip, tmp_path / "out" / "run")
-
-
 def small_pretraining(world, clip, out):
+    """Flags of a small pre-training on the small world: 4 steps an epoch, 5 epochs."""
     return ["--data", world, "--clip", clip, "--vocab", world / "vocab.txt.gz", "--out", out,
-            "--leave-out", "none", "--sample-rate", 16000, "--mels", 32, "--frames", 60,
+            "--leave-out", "none", "--sample-rate", 16000, "--mels", 32, "--frames", 100,
             "--mean", -3, "--std", 4, "--stride-time", 8, "--stride-mel", 8, "--batch", 16,
             "--epochs", 5, "--warmup-epochs", 1, "--lr-weights", 5, "--precision", "fp32",
-            "--workers", 1, "--log-every", 2, "--save-every", 3]
+            "--workers", 1, "--log-every", 1, "--save-every", 3]
 
 
 @pytest.fixture(scope="session")
-def checkpoint(run, world, small_clip, tmp_path_factory):
+def checkpoint(world, small_clip, tmp_path_factory):
     """A checkpoint of a small pre-training, in <folder>/run; its banks lie beside it."""
     out = tmp_path_factory.mktemp("out") / "run"
     run("pretrain.py", *small_pretraining(world, small_clip, out))
     return out / "checkpoint.pt"
+
+
+def write(path, text=""):
+    """Write a text file, and its folder where that is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def write_esc50(folder, rate, clips):
+    """ESC-50 as published, in miniature. clips: [(fold, category, in ESC-10, waveform)]."""
+    table = "filename,fold,target,category,esc10,src_file,take\n"
+    for i, (fold, category, easy, wave) in enumerate(clips):
+        write(folder / f"audio/{i}.wav")
+        soundfile.write(folder / f"audio/{i}.wav", wave, rate)
+        table += f"{i}.wav,{fold},0,{category},{easy},1,A\n"
+    write(folder / "meta/esc50.csv", table)

@@ -1,13 +1,11 @@
 """Tokenizer, where files come from, every layout of weights, the three changes, the authors'."""
 import gzip
 import hashlib
-import http.server
 import json
 import os
 import random
 import runpy
 import sys
-import threading
 
 import clip_load
 import model
@@ -51,46 +49,34 @@ def test_ids_are_clips(shared, tmp_path):
     assert Tokenizer(tmp_path / "merges.txt").ids == Tokenizer(merges).ids == tokenizer.ids
 
 
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    """A server of `.content`, whole or cut; a cache of its own; a hub that is not to be reached."""
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            content = self.server.content
-            self.send_response(404 if "404" in self.path else 200)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content[:len(content) // 2 if "cut" in self.path else None])
-    monkeypatch.setattr(clip_load, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(clip_load, "hf_hub_download", lambda *_, **__: open("no hub"))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.content, server.url = bytes(1_000_000), f"http://127.0.0.1:{server.server_port}"
-        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
-        yield server
-        server.shutdown()
-
-
-@pytest.mark.parametrize("what", ["wrong", "cut", "404", "refused"])
-def test_order_of_places_and_what_was_tried(what, server, tmp_path, monkeypatch, capsys):
-    sha256 = hashlib.sha256(b"" if what == "wrong" else server.content).hexdigest()
+@pytest.mark.parametrize("what, why", [("wrong", "invalid hash"), ("cut", "invalid hash"),
+                                       ("gone", "No such file"), ("refused", "refused")])
+def test_order_of_places_and_what_was_tried(what, why, tmp_path, monkeypatch, capsys):
+    whole = bytes(1_000_000)
+    sha256 = hashlib.sha256(whole).hexdigest()
+    for name, content in (("good", whole), ("cut", whole[:500_000]), ("wrong", b"another")):
+        (tmp_path / name / sha256).mkdir(parents=True)
+        (tmp_path / name / sha256 / "ViT-B-32.pt").write_bytes(content)
+    bad = "http://127.0.0.1:9" if what == "refused" else (tmp_path / what).as_uri()
     path = tmp_path / "cache/ViT-B-32.pt"
+    monkeypatch.setattr(clip_load, "CACHE", path.parent)
     monkeypatch.setitem(clip_load.MODELS, "ViT-B/32", sha256)
-    bad = "http://127.0.0.1:9" if what == "refused" else f"{server.url}/{what}"
     monkeypatch.setattr(clip_load, "OPENAI", bad)
+    monkeypatch.setattr(clip_load, "hf_hub_download", lambda *_, **__: open("no hub"))
     with pytest.raises(FileNotFoundError) as error:
         clip_load.find_clip("ViT-B/32")
     _, cache, earlier, address, hub, mend = str(error.value).split("\n")
     assert "No such file" in cache and "no hub" in earlier and "no hub" in hub
-    assert f"{bad}/{sha256}/ViT-B-32.pt: " in address
-    assert (what if what in ("404", "refused") else "invalid hash") in address
+    assert f"{bad}/{sha256}/ViT-B-32.pt: " in address and why in address
     assert f"Put it at {path}" in mend and "--clip" in mend and not os.listdir(path.parent)
     path.write_bytes(b"half of it")  # and the hub works, but has not been asked before
     monkeypatch.setattr(clip_load, "hf_hub_download", lambda repository, name, local_files_only:
                         open("not yet") if local_files_only else f"{repository}/{name}")
     assert clip_load.find_clip("ViT-B/32").parts[:2] == ("openai", "clip-vit-base-patch32")
-    monkeypatch.setattr(clip_load, "OPENAI", server.url)
-    for place in (server.url, path) * (what == "cut"):
-        assert clip_load.find_clip("ViT-B/32").read_bytes() == server.content
+    good = (tmp_path / "good").as_uri()
+    monkeypatch.setattr(clip_load, "OPENAI", good)
+    for place in (good, path):
+        assert clip_load.find_clip("ViT-B/32").read_bytes() == whole
         assert f"{path}: from {place}" in capsys.readouterr().out
 
 
@@ -117,13 +103,13 @@ def test_hugging_faces_clip_has_its_own_features_and_its_config_is_asked(tmp_pat
     theirs = transformers.CLIPModel(config).eval()
     theirs.save_pretrained(tmp_path)
     torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
-    images, tokens = torch.randn(2, 3, 32, 32), torch.tensor([[3, 7, 516]])
+    images, tokens = torch.randn(2, 3, 32, 32), torch.tensor([[3, 7, 516, 0, 9]])  # 516 ends it
+    of_images = theirs.get_image_features(images).pooler_output
+    of_text = theirs.get_text_features(tokens).pooler_output
     for path in (tmp_path / "model.safetensors", tmp_path / "pytorch_model.bin"):
         clip = load_clip(path)
-        expected = theirs.get_image_features(images).pooler_output
-        assert (clip.encode_image(images) - expected).abs().max() < 1e-5
-        expected = theirs.get_text_features(tokens).pooler_output
-        assert (clip.encode_text(tokens) - expected).abs().max() < 1e-5
+        assert (clip.encode_image(images) - of_images).abs().max() < 1e-5
+        assert (clip.encode_text(tokens) - of_text).abs().max() < 1e-5
     for config, said in (({"vision_config": {"hidden_act": "gelu"}}, "gelu, heads of 64"),
                          ({"vision_config": {"hidden_size": 320, "num_attention_heads": 4}}, "80"),
                          ({"model_cfg": {"vision_cfg": {"head_width": 64}}}, "gelu")):
@@ -181,7 +167,7 @@ class Settings:  # as OmegaConf's in the authors' files, but to make one would l
 
 
 @pytest.mark.parametrize("dicts, heads", [(4, True), (4, False), (2, True), (2, False)])
-def test_the_authors_checkpoint_becomes_ours(dicts, heads, clip, server, monkeypatch):
+def test_the_authors_checkpoint_becomes_ours(dicts, heads, clip, tmp_path, monkeypatch):
     encoder = clip_load.audio_encoder_from_clip(clip)
     encoder.ln_post.bias.data += 1
     state = encoder.state_dict()
@@ -195,10 +181,11 @@ def test_the_authors_checkpoint_becomes_ours(dicts, heads, clip, server, monkeyp
     for ours, theirs in (name.split() for name in names if heads):
         audio = {key.replace(f"encoder.{ours}", theirs): value for key, value in audio.items()}
     parts = clip.visual.state_dict(), audio, {}, {"x.logit_scale": torch.tensor(3.5)}
-    torch.save({"cfg": Settings(), "model": parts if dicts == 4 else parts[1::2]}, "a.pth")
-    server.content = open("a.pth", "rb").read()
+    released = tmp_path / clip_load.VIPANT["vipant-gc"]
+    released.parent.mkdir()
+    torch.save({"cfg": Settings(), "model": parts if dicts == 4 else parts[1::2]}, released)
     monkeypatch.setattr(sys, "argv", ["", "vipant-gc", "--clip", "clip.pt", "--vocab", "v.gz"])
-    monkeypatch.setattr(clip_load, "RELEASED", server.url)
+    monkeypatch.setattr(clip_load, "RELEASED", tmp_path.as_uri())
     clip_load.main()
     saved = torch.load("out/vipant-gc/checkpoint.pt", weights_only=True)
     assert saved["stage"] == "finetune" and saved["settings"]["source"] == "gc"

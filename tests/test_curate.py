@@ -1,6 +1,5 @@
 """Mining is a sort, a clip's captions a union; what was made before a kill is kept."""
 import json
-from pathlib import Path
 
 import curate
 import numpy as np
@@ -9,44 +8,29 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from conftest import ROOT, kill_at_random, run
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def banks(tmp_path, monkeypatch):
-    """A Bank of 45 frames, 64 captions' chunk files, and all their cosines (45, 64)."""
-    rows = []
-    for name, count in (("frames", 45), ("texts", 64)):
-        x = np.random.default_rng(count).normal(size=(count, 16))
-        x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float16)
-        if name == "frames":
-            x[3] = 0  # can't be read
-        (tmp_path / name).mkdir()
-        for start in range(0, count, 10):
-            np.save(tmp_path / name / f"{start:09d}.npy", x[start:start + 10])
-        rows.append(x.astype(np.float32))
+def test_mining_is_a_sort_and_a_clips_captions_the_union_over_its_frames(tmp_path, monkeypatch):
+    """45 frames, of which number 3 can't be read, pick of 64 captions; ten are a chunk file."""
     for module in (pretrain, curate):
         monkeypatch.setattr(module, "CHUNK", 10)
-    paths, texts = (sorted((tmp_path / name).iterdir()) for name in ("frames", "texts"))
-    return pretrain.Bank(paths, np.arange(45), np.arange(0, 46, 5)), texts, rows[0] @ rows[1].T
-
-
-def test_mining_is_a_sort_and_keeps_what_a_killed_run_has_made(banks, monkeypatch):
-    frames, texts, cosines = banks
-    found, readable = curate.mine(frames, texts, 7, CPU), np.arange(45) != 3
+    arrays, paths = [], []
+    for count in (45, 64):
+        x = np.random.default_rng(count).normal(size=(count, 16)).astype(np.float16)
+        if count == 45:
+            x[3] = 0
+        arrays.append(x.astype(np.float32))
+        paths.append(pretrain.in_chunks(tmp_path / f"{count}", count,
+                                        lambda start, end, x=x: [x[start:end]], ""))
+    cosines, readable = arrays[0] @ arrays[1].T, np.arange(45) != 3              # (45, 64)
+    frames = pretrain.Bank(paths[0], np.arange(45), np.arange(0, 46, 5))
+    found = curate.mine(frames, paths[1], 7, CPU)                                # (45, 7)
     assert (found["caption"] == np.argsort(-cosines)[:, :7])[readable].all()
-    assert np.allclose(found["cosine"][readable], -np.sort(-cosines)[readable, :7], atol=1e-6)
-    assert curate.union(found[3], -1.0) == {}  # who can't be read picks nothing
-    chunks = sorted(frames.paths[0].parent.parent.glob("mined-*/*"))
-    for path in chunks[2:]:
-        path.unlink()
-    assert curate.mine(frames, texts, 7, CPU).tobytes() == found.tobytes()
-    monkeypatch.delattr(curate, "nearest")  # with all chunks there is nothing left to do
-    assert len(chunks) == 5 and curate.mine(frames, texts, 7, CPU).tobytes() == found.tobytes()
-
-
-def test_a_clips_captions_are_the_union_over_its_frames():
+    assert np.allclose(found["cosine"][readable], -np.sort(-cosines)[readable, :7], atol=1e-5)
+    assert curate.union(found[3], -1.0) == {}
     found = np.zeros((2, 3), curate.FOUND)
     found["cosine"] = [[0.5, 0.375, 0.25], [0.4375, 0.3125, 0.125]]
     found["caption"] = [[9, 5, 2], [5, 1, 8]]
@@ -55,27 +39,39 @@ def test_a_clips_captions_are_the_union_over_its_frames():
     assert list(curate.union(found, 0.3)) == [9, 5, 1]
 
 
-def test_mined_captions_are_those_that_clip_likes_best_and_two_ranks_are_one(
-        run, world, small_clip, tmp_path, capsys):
-    vocab = str(world / "vocab.txt.gz")
-    curate.curate(curate.Settings("ac", str(world), str(tmp_path / "one"), str(small_clip), vocab,
-                                  leave_out="none", preview=3), CPU)
-    text, printed = (tmp_path / "one/ac.jsonl").read_text(), capsys.readouterr().out
-    rows = [json.loads(line) for line in text.splitlines()]
+@pytest.fixture(scope="module")
+def mined(world, small_clip, tmp_path_factory):
+    """A folder of captions that were mined undisturbed, the command's flags, and what it said."""
+    out = tmp_path_factory.mktemp("mined")
+    flags = ["--source", "ac", "--data", world, "--clip", small_clip, "--vocab",
+             world / "vocab.txt.gz", "--leave-out", "none", "--preview", 3, "--out"]
+    return out, flags, run("curate.py", *flags, out).stdout
+
+
+def test_mined_captions_are_those_that_clip_likes_best(mined, world):
+    out, _, said = mined
+    rows = [json.loads(line) for line in (out / "ac.jsonl").read_text().splitlines()]
     pairs = sum(len(row["captions"]) for row in rows)
-    assert f"64 of 64 clips with captions, {pairs} pairs (paper: 1080078)" in printed
-    assert (tmp_path / "one/ac.png").exists() and rows[0].keys() == {"id", "captions", "scores"}
-    frames, texts = (np.load(next((tmp_path / "one/banks").glob(f"{kind}-*/*"))).astype(np.float32)
+    assert f"64 of 64 clips with captions, {pairs} pairs (paper: 1080078)" in said
+    assert (out / "ac.png").exists() and rows[0].keys() == {"id", "captions", "scores"}
+    frames, texts = (np.load(*out.glob(f"banks/{kind}-*/*")).astype(np.float32)
                      for kind in ("frames", "texts"))
     cosines = (frames[:4] @ texts.T).max(axis=0)  # of the first clip's frames
     assert rows[0]["captions"][0] == curate.caption_pool("ac", world, world)[cosines.argmax()]
     assert rows[0]["scores"][0] == pytest.approx(cosines.max(), abs=1e-4)
-    driver = tmp_path / "driver.py"  # six chunks for two ranks
-    driver.write_text(f"import sys; sys.path.insert(0, {str(Path(curate.__file__).parent)!r})\n"
-                      "import curate, pretrain; curate.CHUNK = pretrain.CHUNK = 50; curate.main()")
-    run(driver, "--source", "ac", "--data", world, "--clip", small_clip, "--vocab", vocab,
-        "--leave-out", "none", "--out", tmp_path / "two", ranks=2)
-    assert (tmp_path / "two/ac.jsonl").read_text() == text
+
+
+def test_mining_killed_at_random_moments_or_by_two_ranks_ends_as_undisturbed(mined, tmp_path):
+    out, flags, _ = mined
+    script = tmp_path / "in_small_chunks.py"  # six chunk files of frames, more of captions
+    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport curate, pretrain\n"
+                      "curate.CHUNK = pretrain.CHUNK = 50\ncurate.run(curate.main)")
+    stages = " frames: ", " texts: ", "frames pick captions: "
+    kill_at_random(stages, script, *flags, tmp_path / "killed")
+    run(script, *flags, tmp_path / "ranks", ranks=2)
+    for name in ("killed", "ranks"):
+        assert (tmp_path / name / "ac.jsonl").read_bytes() == (out / "ac.jsonl").read_bytes()
+    assert len(list((tmp_path / "killed/banks").iterdir())) == 3  # all went on with the same ones
 
 
 def test_gold_clips_come_with_their_captions_with_labels_or_with_random_captions(world, tmp_path):
@@ -94,14 +90,15 @@ def test_gold_clips_come_with_their_captions_with_labels_or_with_random_captions
 
 def test_a_language_model_goes_on_with_the_same_captions(tmp_path, monkeypatch):
     words = {word: i for i, word in enumerate("<unk> <end> - \n a dog cat runs on two".split(" "))}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "<unk>"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(
+    words_of = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "<unk>"))
+    words_of.pre_tokenizer = tokenizers.pre_tokenizers.Split(
         tokenizers.Regex(r"\n|[^ \n]+"), "removed", invert=True)
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>",
-                                         eos_token="<end>").save_pretrained(tmp_path / "model")
-    transformers.GPT2LMHeadModel(transformers.GPT2Config(  # random weights babble
-        vocab_size=10, n_positions=128, n_embd=16, n_layer=1, n_head=2, bos_token_id=1,
-        eos_token_id=1)).save_pretrained(tmp_path / "model")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words_of, unk_token="<unk>",
+                                                     eos_token="<end>")
+    config = transformers.GPT2Config(vocab_size=10, n_positions=128, n_embd=16, n_layer=1,
+                                     n_head=2, bos_token_id=1, eos_token_id=1)
+    for part in (tokenizer, transformers.GPT2LMHeadModel(config)):  # random weights babble
+        part.save_pretrained(tmp_path / "model")
     (tmp_path / "vc.txt").write_text("a dog runs\ntwo cats sleep\n")
     monkeypatch.setattr(pretrain, "CHUNK", 4)
     settings, texts = curate.Settings(data=str(tmp_path), out=str(tmp_path), prompts=10,

@@ -2,52 +2,33 @@
 import itertools
 import json
 import math
+import shutil
 import sys
-from dataclasses import asdict
-from pathlib import Path
 from types import SimpleNamespace
 
-import clip_load
 import data
 import evaluate
 import numpy as np
-import pretrain
 import pytest
 import soundfile
 import torch
+from conftest import run, write, write_esc50
 from sklearn.metrics import average_precision_score
 
 
 @pytest.fixture
-def checkpoint(small_clip, world, tmp_path):
-    """Writes a checkpoint that hears `frames` of 10 ms, with random weights -> its path."""
-    def write(name="run", frames=100):
-        clip, path = clip_load.load_clip(small_clip), tmp_path / name / "checkpoint.pt"
-        packed = clip_load.pack_clip(clip, clip_load.Tokenizer(world / "vocab.txt.gz", 16))
-        encoder = clip_load.audio_encoder_from_clip(clip, frames, 32, (8, 8))
-        front_end = data.FrontEnd(16_000, 32, frames, -3, 4)
-        learner = pretrain.AudioLearner(encoder, front_end).state_dict()
-        path.parent.mkdir(exist_ok=True)
-        torch.save({"stage": "pretrain", "encoder": encoder.config, "front_end": asdict(front_end),
-                    "learner": learner, "clip": packed, "settings": {"init": "clip"}}, path)
-        return path
-    return write
-
-
-@pytest.fixture
-def evaluated(monkeypatch, capsys):
-    """evaluate.py's main in this process -> what it prints; errors come as they are."""
+def evaluated(monkeypatch, capsys, tmp_path):
+    """evaluate.py's main in this process -> what it prints, results; errors come as they are."""
     def call(task, *flags):
+        argv = ["evaluate.py", "--task", task, "--out", tmp_path / "out", *flags]
         monkeypatch.setattr(evaluate, "WORKERS", 0)
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", "--task", task, *map(str, flags)])
+        monkeypatch.setattr(sys, "argv", list(map(str, argv)))
         capsys.readouterr()
         evaluate.main()
-        return capsys.readouterr()
+        path = tmp_path / "out" / f"{task}.json"
+        results = json.loads(path.read_text())["results"] if path.exists() else None
+        return capsys.readouterr(), results
     return call
-
-
-def results_of(path, task):
-    return json.loads((path.parent / f"{task}.json").read_text())["results"]
 
 
 def test_recall_by_hand():
@@ -90,82 +71,62 @@ def test_pivotability_by_hand():
 
 
 def test_every_task_has_both_prompts_and_two_checkpoints_stand_side_by_side(
-        evaluated, checkpoint, world):
-    one, two = checkpoint(), checkpoint("two")
-    out = evaluated("all", "--data", world, "--checkpoint", one, two).out
-    assert f"{one.parent} {two.parent} chance" in out  # and no column for the paper
-    results = results_of(one, "all")
+        evaluated, checkpoint, world, tmp_path):
+    folder, two = tmp_path / "own", shutil.copy(checkpoint, tmp_path)
+    shutil.copytree(world, folder)
+    names = sorted({clip.labels[0] for clip in data.read_split("audioset", world)})
+    rows = [f"{i},/m/{i},{name}" for i, name in enumerate(["nothing", *names])]
+    write(folder / "class_labels_indices.csv", "\n".join(["index,mid,display_name", *rows]))
+    write(folder / "eval_segments.csv", '#\n#\n#\nnot_on_disk, 0.000, 1.000, "/m/0"\n')
+    said, results = evaluated("all", "--data", folder, "--checkpoint", checkpoint, two)
+    assert f"{checkpoint.parent} {tmp_path} chance" in said.out  # and no column for the paper
     assert set(results) == {*evaluate.TASKS, "clotho 1 s", "clotho 1.8 s"} - {"clotho"}
     for part, result in results.items():
         prompts = {""} if part in ("va", "pivot") else set(evaluate.PROMPTS)
         assert result["clips"] == 24 and set(result["values"]) == prompts
     chance = results["audiocaps"]["chance"]["a2t_r5"]  # 24 clips with 5 captions each
     assert chance == pytest.approx(100 * (1 - math.comb(115, 5) / math.comb(120, 5)))
+    of_class = results["audioset"]["by class"]["prompt"]  # of those that have a clip
+    assert results["audioset"]["missing"] == ["not_on_disk_0"] and set(of_class) == set(names)
+    mean = results["audioset"]["values"]["prompt"]["map"]
+    assert mean == pytest.approx(np.mean(list(of_class.values())))
     assert evaluate.paper_of("GC", "audiocaps")["no prompt"]["a2t_r10"] == 79.7
     assert evaluate.paper_of("AC", "audioset")["no prompt"] == {"map": 12.3}
-
-
-def test_esc50_as_published_has_folds_classes_and_says_what_is_missing(
-        evaluated, checkpoint, tmp_path):
-    table = "filename,fold,target,category,esc10,src_file,take\n"
-    for name in ("meta", "audio"):
-        (tmp_path / name).mkdir()
-    for fold, n in itertools.product(range(1, 6), range(2)):
-        table += f"{fold}-{n}.wav,{fold},{n},{['dog', 'crackling_fire'][n]},True,1,A\n"
-        noise = np.random.default_rng(fold).uniform(-1, 1, 40_000)
-        soundfile.write(tmp_path / f"audio/{fold}-{n}.wav", noise, 8000)
-    (tmp_path / "meta/esc50.csv").write_text(table)
-    (tmp_path / "audio/1-0.wav").unlink()
-    path, flags = checkpoint(frames=500), ("--data", tmp_path, "--list-missing", tmp_path / "gone")
-    out = evaluated("esc50", *flags, "--checkpoint", path).out
-    assert f"9 of 10 clips in {tmp_path} (looked for {tmp_path}/audio/1-0.wav" in out
-    assert (tmp_path / "gone").read_text() == "1-0.wav\n"
-    result = results_of(path, "esc50")["esc50"]
-    values, (fire, dog) = result["values"]["prompt"], result["by class"]["prompt"].values()
-    assert 5 * fire + 4 * dog == pytest.approx(9 * values["accuracy"][0])
-    assert "std_of_folds" in values
-    with pytest.raises(ValueError, match=r"hears 1.0 s, esc50 counts 5.0 s; .*--frames 500"):
-        evaluated("esc50", *flags, "--checkpoint", checkpoint("short"))
-
-
-def test_audiosets_map_is_over_the_classes_that_have_a_clip(evaluated, checkpoint, world, tmp_path):
-    clips = data.read_split("audioset", world)
-    names = sorted({clip.labels[0] for clip in clips})
-    rows = [f"{i},/m/{i},{name}\n" for i, name in enumerate([*names, "nothing"])]
-    (tmp_path / "class_labels_indices.csv").write_text("index,mid,display_name\n" + "".join(rows))
-    table = f'#\n#\n#\nclip_999999, 0.000, 1.000, "/m/{len(names)}"\n'  # is not on disk
-    for i, clip in enumerate(clips):
-        table += f'clip_{i:06d}, 0.000, 1.000, "/m/{names.index(clip.labels[0])}"\n'
-        (tmp_path / f"clip_{i:06d}.wav").symlink_to(clip.audio)
-    (tmp_path / "eval_segments.csv").write_text(table)
-    evaluated("audioset", "--data", tmp_path, "--checkpoint", checkpoint())
-    result = results_of(checkpoint(), "audioset")["audioset"]
-    scores = result["by class"]["prompt"]
-    assert result["missing"] == ["clip_999999_0"] and set(scores) == set(names)
-    assert result["values"]["prompt"]["map"] == pytest.approx(np.mean(list(scores.values())))
-
-
-def test_what_is_missing_or_does_not_fit_is_said(run, evaluated, checkpoint, world, tmp_path):
-    done = run("evaluate.py", "--task", "clotho", check=False, cwd=tmp_path)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "evaluate.py: data/clotho: no such folder" in done.stderr and "zenodo" in done.stderr
     rows = [json.loads(line) for line in (world / "test.jsonl").read_text().splitlines()]
     rows[3]["captions"].pop()
-    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "audio").symlink_to(world / "audio")
+    write(folder / "test.jsonl", "\n".join(map(json.dumps, rows)))
     with pytest.raises(ValueError, match=r"captions.*5: 'test_23', 4: 'test_3'"):
-        evaluated("audiocaps", "--data", tmp_path, "--checkpoint", checkpoint())
+        evaluated("audiocaps", "--data", folder, "--checkpoint", checkpoint)
 
 
-def test_two_ranks_tell_the_same_story_as_one(run, checkpoint, world):
-    flags = ("--task", "toy", "--data", world, "--checkpoint", checkpoint())
+def test_esc50_has_folds_and_classes_and_what_is_missing_is_said(evaluated, checkpoint, tmp_path):
+    clips, noise = [], np.random.default_rng(0).uniform(-1, 1, 40_000)
+    for i in range(10):
+        clips.append((1 + i // 2, ("dog", "crackling_fire")[i % 2], True, noise[i * 999:][:8000]))
+    write_esc50(tmp_path, 8000, clips)
+    (tmp_path / "audio/0.wav").unlink()
+    flags = ("--data", tmp_path, "--list-missing", tmp_path / "gone", "--checkpoint", checkpoint)
+    said, results = evaluated("esc50", *flags)
+    assert f"9 of 10 clips in {tmp_path} (looked for {tmp_path}/audio/0.wav" in said.out
+    assert (tmp_path / "gone").read_text() == "0.wav\n"
+    values, of = results["esc50"]["values"]["prompt"], results["esc50"]["by class"]["prompt"]
+    right = 5 * of["crackling fire"] + 4 * of["dog"]
+    assert right == pytest.approx(9 * values["accuracy"][0]) and "std_of_folds" in values
+    soundfile.write(tmp_path / "audio/1.wav", noise, 8000)
+    with pytest.raises(ValueError, match=r"hears 1.0 s, esc50 counts 5.0 s; .*--frames 500"):
+        evaluated("esc50", *flags)
+
+
+def test_two_ranks_tell_the_same_story_as_one(checkpoint, world, tmp_path):
+    flags = ("--task", "toy", "--data", world, "--checkpoint", checkpoint, "--out", tmp_path)
     one, two = (run("evaluate.py", *flags, ranks=ranks).stdout for ranks in (1, 2))
-    number = results_of(flags[-1], "toy")["audio-text"]["values"]["no prompt"]["a2t_r1"]
+    results = json.loads((tmp_path / "toy.json").read_text())["results"]
+    number = results["audio-text"]["values"]["no prompt"]["a2t_r1"]
     assert one.splitlines()[-5:] == two.splitlines()[-5:]
     assert f"\nvip-AnT, audio -> text R@1: {evaluate.cell(number)} %\n" in one
 
 
-def test_a_line_over_log2_pairs_by_hand_and_a_curve(monkeypatch, evaluated, tmp_path, capsys):
+def test_scaling_by_hand_and_a_curve(monkeypatch, evaluated, checkpoint, tmp_path, capsys):
     accuracy = {16: 20.0, 32: 30.0, 64: 40.0}
     monkeypatch.setattr(evaluate, "zero_shot", lambda model, *_: {
         "values": {"prompt": {"accuracy": [accuracy[model.pairs], 0, 0]}}})
@@ -174,20 +135,19 @@ def test_a_line_over_log2_pairs_by_hand_and_a_curve(monkeypatch, evaluated, tmp_
     assert "-20.0 + 10.00 · log2(pairs), R² 1.00, 90 % at 2^11.0" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--source gc --pairs N"):
         evaluate.scaling(models[:2], None, 90, tmp_path)
-    line = {"step": 4, "after": 1, "image->audio precision@1": 12.5}
-    (tmp_path / "log.jsonl").write_text('{"step": 4, "loss": 3}\n' + json.dumps(line) + "\n")
-    out = evaluated("curve", "--checkpoint", tmp_path / "checkpoint.pt").out
-    assert "image->audio precision@1: 12.5" in out and len(list(tmp_path.glob("*.png"))) == 2
+    said, _ = evaluated("curve", "--checkpoint", checkpoint)
+    assert len(said.out.split("image->audio precision@1: ")[1].split("\n")[0].split()) == 5
+    assert (tmp_path / "scaling.png").exists() and (tmp_path / "out/curve.png").exists()
 
 
-def test_a_checkpoint_alone_searches_and_tags(evaluated, checkpoint, monkeypatch, tmp_path):
+def test_a_checkpoint_alone_searches_and_tags(evaluated, checkpoint, monkeypatch, tmp_path, capsys):
     noise = np.random.default_rng(0).uniform(-1, 1, 32_000)
     for name, wave in (("long", noise[:26_400]), ("short", noise[:4000]), ("silent", 0 * noise),
                        ("pause", noise * (abs(np.arange(32_000) - 16_000) > 8000))):
         soundfile.write(tmp_path / f"{name}.wav", wave, 8000)
-    monkeypatch.chdir(checkpoint().parent)
-    flags = ("--checkpoint", "checkpoint.pt", "--audio", tmp_path)
-    done = evaluated("search", *flags, "--query", "a hum", "--top", "9")
+    monkeypatch.chdir(tmp_path)
+    flags = ("--checkpoint", shutil.copy(checkpoint, "alone.pt"), "--audio", tmp_path)
+    done, _ = evaluated("search", *flags, "--query", "a hum", "--top", "9")
     answers = [line.split() for line in done.out.splitlines()[2:]]
     cosines = [float(cosine) for cosine, *_ in answers]
     assert cosines == sorted(cosines, reverse=True) and "silent.wav" in done.err
@@ -196,15 +156,12 @@ def test_a_checkpoint_alone_searches_and_tags(evaluated, checkpoint, monkeypatch
         assert file != other or abs(start - begin) > 0.98  # they do not overlap
     (tmp_path / "silent.wav").unlink()
     monkeypatch.setattr(evaluate, "embed_windows", None)  # nothing is heard twice
-    lines = evaluated("tag", *flags, "--labels", "Male speech, man speaking", "rain").out
-    Path("labels").write_text("Male speech, man speaking\nrain\n")
-    assert evaluated("tag", *flags, "--labels", "labels").out == lines
+    (lines, _), _ = evaluated("tag", *flags, "--labels", "Male speech, man speaking", "rain")
+    write(tmp_path / "labels", "Male speech, man speaking\nrain\n")
+    assert evaluated("tag", *flags, "--labels", "labels")[0].out == lines
     spans = [line.split()[1] for line in lines.splitlines() if "long.wav" in line]
     assert spans[0] == "0:00.0-0:01.0" and spans[-1] == "0:02.3-0:03.3" and len(spans) == 6
     assert "pause.wav 0:01.5-0:02.5   silent" in lines and lines.count("silent") == 3
-
-
-def test_tags_are_a_softmax_at_the_learned_temperature(capsys):
     model = SimpleNamespace(scale=2.0, embed_texts=lambda labels, prompt: torch.eye(2))
     evaluate.tag(model, [("a.wav", 65.0, 75.0, torch.tensor([0.0, 1.0]))], ["dog", "rain"])
     assert capsys.readouterr().out == "a.wav 1:05.0-1:15.0   rain 88 %, dog 12 %\n"  # e² : 1

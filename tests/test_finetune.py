@@ -1,21 +1,16 @@
 """The same loop with other targets: which pairs train, what a head learns, which rates it has."""
 import json
 from dataclasses import replace
-from pathlib import Path
 
-import curate
 import finetune
 import numpy as np
 import pytest
-import soundfile
 import torch
+from conftest import kill_at_random, run, write_esc50
 from data import Clip, FrontEnd, read_index
 from finetune import PRESETS, Settings
 from model import VisionTransformer
-import pretrain
 from pretrain import AudioSamples, load_checkpoint, parse
-
-CPU = torch.device("cpu")
 
 
 def test_halved_rates_by_hand():
@@ -27,16 +22,7 @@ def test_halved_rates_by_hand():
     assert Settings(epochs=4, warmup_epochs=1.0).lr_factor(5, 10) == 0.5  # as in pre-training
 
 
-def test_fewer_pairs_are_among_more():
-    clips = [Clip(str(i), captions=(f"{i} a", f"{i} b", f"{i} c")) for i in range(10)]
-    few, more, most = ({(c.id, caption) for c in finetune.take_pairs(clips, count, seed=1)
-                        for caption in c.captions} for count in (7, 20, 30))
-    assert len(few) == 7 and len(more) == 20 and len(most) == 30 and few < more < most
-    with pytest.raises(ValueError, match="--pairs 31: there are 30"):
-        finetune.take_pairs(clips, 31, seed=1)
-
-
-def test_pairs_and_clips_are_joined_by_id(world, tmp_path):
+def test_pairs_and_clips_are_joined_by_id_and_fewer_pairs_are_among_more(world, tmp_path):
     path, settings = tmp_path / "ac.jsonl", Settings(source="ac", data=str(world))
     with pytest.raises(FileNotFoundError, match="python curate.py --source ac --data"):
         finetune.paired_clips(path, settings, world)
@@ -45,50 +31,52 @@ def test_pairs_and_clips_are_joined_by_id(world, tmp_path):
     one, other = finetune.paired_clips(path, settings, world)
     assert one.audio == str(world / "audio/train_7.wav") and one.captions == ("a hum",)
     assert other.audio == str(world / "audio/train_2.wav") and len(other.frames) == 4
+    clips = [Clip(str(i), captions=(f"{i} a", f"{i} b", f"{i} c")) for i in range(10)]
+    few, more, most = ({(c.id, caption) for c in finetune.take_pairs(clips, count, seed=1)
+                        for caption in c.captions} for count in (7, 20, 30))
+    assert len(few) == 7 and len(more) == 20 and len(most) == 30 and few < more < most
+    with pytest.raises(ValueError, match="--pairs 31: there are 30"):
+        finetune.take_pairs(clips, 31, seed=1)
 
 
-def stops_after(steps, next_batch=pretrain.next_batch):
-    """next_batch, but for a Ctrl-C after so many steps."""
-    taken = []
+@pytest.fixture(scope="module")
+def few(checkpoint, world, tmp_path_factory):
+    """A run on nine gold pairs, and its command's flags, but for the folder's."""
+    out = tmp_path_factory.mktemp("few")
+    run("curate.py", "--source", "gc", "--data", world, "--out", out)
+    flags = ["--source", "gc", "--data", world, "--init", checkpoint, "--pairs", 9, "--epochs", 20,
+             "--warmup-epochs", 0, "--lr-weights", 8, "--precision", "fp32", "--workers", 0,
+             "--log-every", 1, "--save-every", 3, "--out"]
+    done = run("finetune.py", *flags, out / "few")
+    assert "9 pairs of 9 clips, in batches of 9" in done.stdout
+    return out / "few", flags
 
-    def next_or_stop(*arguments):
-        if len(taken) == steps:
-            raise KeyboardInterrupt
-        taken.append(1)
-        return next_batch(*arguments)
 
-    return next_or_stop
+def test_few_pairs_are_learned_from_a_checkpoint_and_vat_adds_a_second_loss(few, checkpoint):
+    out, flags = few
+    start = load_checkpoint(checkpoint, ["pretrain"])
+    end = load_checkpoint(out / "checkpoint.pt", ["finetune"])
+    assert all((end["learner"][name] != value).any() for name, value in start["learner"].items())
+    assert (end["learner"]["log_scale"] - start["learner"]["log_scale"]).abs() < 0.5
+    assert end["clip"]["merges"] == start["clip"]["merges"] and end["settings"]["pairs"] == 9
+    vat = out.with_name("vat")
+    run("finetune.py", *flags, vat, "--objective", "vat", "--steps", 1)
+    first, two = ((each / "log.jsonl").read_text().splitlines()[1] for each in (out, vat))
+    assert json.loads(two)["loss"] > 1.5 * json.loads(first)["loss"]
 
 
-def test_few_pairs_are_learned_from_a_checkpoint_and_resume_to_the_same_bits(
-        run, checkpoint, world, tmp_path, capsys, monkeypatch):
-    curate.curate(curate.Settings(source="gc", data=str(world), out=str(tmp_path)), CPU)
-    few = Settings(source="gc", data=str(world), out=str(tmp_path / "few"), init=str(checkpoint),
-                   pairs=9, epochs=4, warmup_epochs=0, lr_weights=8.0, workers=0, precision="fp32",
-                   log_every=1)
-    cut, vat = (replace(few, out=few.out + name) for name in ("-cut", "-vat"))
-    vat = replace(vat, objective="vat")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(pretrain, "next_batch", stops_after(2))
-        finetune.finetune_on_captions(cut, CPU)
-    for settings in (few, cut, replace(vat, steps=1)):
-        finetune.finetune_on_captions(settings, CPU)
-    assert "9 pairs of 9 clips, in batches of 9" in capsys.readouterr().out
-    start, one, other = (load_checkpoint(path, ["pretrain", "finetune"]) for path in (
-        checkpoint, few.out + "/checkpoint.pt", cut.out + "/checkpoint.pt"))
+def test_fine_tuning_killed_at_random_moments_ends_as_undisturbed(few):
+    out, flags = few
+    cut = out.with_name("cut")
+    kill_at_random(3 * ["| loss "], "finetune.py", *flags, cut)
+    one, other = (load_checkpoint(each / "checkpoint.pt", ["finetune"]) for each in (out, cut))
+    assert one["step"] == other["step"] == 20
     assert all(torch.equal(one["learner"][name], other["learner"][name]) for name in one["learner"])
-    assert all((one["learner"][name] != value).any() for name, value in start["learner"].items())
-    assert (one["learner"]["log_scale"] - start["learner"]["log_scale"]).abs() < 0.5
-    assert one["clip"]["merges"] == start["clip"]["merges"] and one["settings"]["pairs"] == 9
-    first, two = (json.loads(Path(out, "log.jsonl").read_text().splitlines()[1])["loss"]
-                  for out in (few.out, vat.out))
-    assert two > 1.5 * first  # VAT adds a second loss
-    torch.save(start | {"stage": "head"}, tmp_path / "head.pt")
-    with pytest.raises(ValueError, match="stage 'head'; needed: pretrain or finetune"):
-        finetune.finetune_on_captions(replace(few, init=str(tmp_path / "head.pt")), CPU)
+
+
+def test_captions_or_labels_must_be_named_but_not_both():
     done = run("finetune.py", "--source", "gc", "--head", "esc50", check=False)
     assert done.returncode == 1 and "needed: --source" in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(("last_layers", "blocks"), [(0, 0), (1, 1), (2, 2), (-1, 3), (9, 3)])
@@ -118,24 +106,18 @@ def test_mixtures_by_hand(world):
 
 
 def test_a_fold_is_tested_by_who_never_heard_it_and_two_tones_are_told_apart(
-        tmp_path, monkeypatch, capsys):
-    table, rng = ["filename,fold,target,category,esc10,src_file,take"], np.random.default_rng(0)
-    for folder in ("esc/meta", "esc/audio"):
-        (tmp_path / folder).mkdir(parents=True)
+        checkpoint, tmp_path, capsys):
+    clips, rng = [], np.random.default_rng(0)
     for i in range(48):  # two folds of eight low and eight high tones, and noise outside ESC-10
-        fold, kind = 1 + i % 2, i // 2 % 3
-        wave = 0.2 * rng.normal(size=8000) + np.sin((0, 0.1, 1.0)[kind] * np.arange(8000))
-        soundfile.write(tmp_path / f"esc/audio/{i}.wav", wave / 4, 16_000)
-        table.append(f"{i}.wav,{fold},{kind},{('noise', 'low', 'high')[kind]},{kind > 0},1,A")
-    (tmp_path / "esc/meta/esc50.csv").write_text("\n".join(table) + "\n")
-    encoder = VisionTransformer((50, 32), 16, (8, 8), 1, 64, 1, 1, 32)
-    start = encoder, FrontEnd(16_000, 32, 50, mean=0, std=3)
-    monkeypatch.setattr(finetune, "start_of", lambda init: start)
+        category, pitch = [("noise", 0), ("low", 0.1), ("high", 1.0)][i // 2 % 3]
+        wave = 0.2 * rng.normal(size=8000) + np.sin(pitch * np.arange(8000))
+        clips.append((1 + i % 2, category, category != "noise", wave / 4))
+    write_esc50(tmp_path / "esc", 16_000, clips)
     settings = replace(PRESETS["esc10"], data=str(tmp_path / "esc"), out=str(tmp_path / "out"),
-                       batch=8, epochs=20, lr_weights=5e-3, workers=0)
+                       init=str(checkpoint), batch=8, epochs=20, lr_weights=5e-3, lr_biases=5e-3)
     for clips, test in finetune.rounds_of(settings, tmp_path / "esc").values():
         assert len(clips) == len(test) == 16 and not {c.id for c in clips} & {c.id for c in test}
-    finetune.finetune_on_labels(settings, CPU)
+    finetune.finetune_on_labels(settings, torch.device("cpu"))
     results = json.loads((tmp_path / "out/head.json").read_text())["results"]
     assert results.keys() == {"fold1", "fold2"} and min(results.values()) >= 90
     assert f"accuracy {np.mean(list(results.values())):.1f} ± " in capsys.readouterr().out

@@ -5,7 +5,6 @@ import model
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 
 def test_the_loss_of_two_pairs_by_hand():
@@ -17,18 +16,14 @@ def test_the_loss_of_two_pairs_by_hand():
     b_to_a = (math.log(math.e + 1) - 1 + math.log(2 * math.exp(r)) - r) / 2
     loss = model.info_nce(a, b, torch.tensor(0.0))
     assert loss.item() == pytest.approx(a_to_b + b_to_a, abs=1e-6)
-
-
-def test_who_guesses_has_a_loss_of_twice_the_logarithm_of_the_batch():
-    a = torch.ones(7, 4)
-    loss = model.info_nce(a, a, torch.tensor(3.0))
-    assert loss.item() == pytest.approx(2 * math.log(7), abs=1e-5)
+    guessing = model.info_nce(torch.ones(7, 4), torch.ones(7, 4), torch.tensor(3.0))
+    assert guessing.item() == pytest.approx(2 * math.log(7), abs=1e-5)
 
 
 def test_loss_and_gradients_are_the_authors(shared):
     golden = np.load(shared / "golden/infonce.npz")
-    names = ("a", "b", "log_scale")
-    a, b, log_scale = (torch.tensor(golden[name], requires_grad=True) for name in names)
+    a, b, log_scale = (torch.tensor(golden[name], requires_grad=True)
+                       for name in ("a", "b", "log_scale"))
     loss = model.info_nce(a, b, log_scale)
     loss.backward()
     assert loss.item() == pytest.approx(float(golden["loss"]), abs=1e-4)
@@ -48,13 +43,12 @@ def test_twelve_steps_of_lars_are_the_authors(shared):
         for i, p in enumerate(params):
             p.grad = torch.tensor(golden[f"g{i}_{step}"])
         optimizer.step()
-        if step in (0, 4, 11):
-            for i, p in enumerate(params):
-                expected = torch.tensor(golden[f"p{i}_after{step}"])
-                assert (p.detach() - expected).abs().max() < 1e-4
+        for i, p in enumerate(params):
+            if step in (0, 4, 11):
+                assert np.abs(p.detach().numpy() - golden[f"p{i}_after{step}"]).max() < 1e-4
 
 
-def test_a_step_of_lars_by_hand():
+def test_a_step_of_lars_and_its_rates_by_hand():
     p = torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))  # length 5
     optimizer = model.LARS([{"params": [p], "lr": 1.0, "adapt": True}])
     p.grad = torch.tensor([[0.0, 2.0]])                 # length 2: trust ratio 0.001 · 5 / 2
@@ -63,58 +57,18 @@ def test_a_step_of_lars_by_hand():
     optimizer.step()                                    # the momentum's 0.9, and the same again
     second = 0.9 * 0.005 + 0.001 * p.norm().item()
     assert p[0, 1].item() == pytest.approx(3.995 - second, abs=1e-5)
-
-
-def test_rates_rise_from_nothing_and_end_at_a_thousandth():
-    rates = [model.schedule(step, 100, 10) for step in range(101)]
-    assert rates[0] == 0 and rates[5] == 0.5 and rates[10] == 1
-    assert rates[55] == pytest.approx(0.5005) and rates[100] == pytest.approx(0.001)
-
-
-def vit():
-    torch.manual_seed(0)
-    return model.VisionTransformer((40, 24), 8, (4, 6), channels=1, width=64, layers=2, heads=2,
-                                   output_dim=16)
-
-
-def test_only_the_class_token_of_the_last_block_is_computed_and_nothing_changes():
-    encoder, x = vit(), torch.randn(3, 10, 64)
-    short = encoder.transformer(x, first_only=True)
-    assert short.shape == (3, 1, 64)
-    assert torch.allclose(short, encoder.transformer(x)[:, :1], atol=1e-6)
+    rates = [model.schedule(step, 100, 10) for step in (0, 5, 10, 55, 100)]
+    assert rates == pytest.approx([0, 0.5, 1, 0.5005, 0.001])
 
 
 def test_recomputed_activations_give_the_same_gradients():
-    encoder, x, gradients = vit().train(), torch.randn(3, 1, 40, 24), []
+    encoder = model.VisionTransformer((40, 24), 8, (4, 6), 1, 64, 2, 2, 16).train()
+    x, gradients = torch.randn(3, 1, 40, 24), []
     for recompute in (False, True):
         encoder.transformer.recompute = recompute
-        encoder.zero_grad()
-        encoder(x).square().sum().backward()
-        gradients.append([p.grad.clone() for p in encoder.parameters()])
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients))
-
-
-def test_the_mlp_is_quickgelu_as_printed():
-    mlp, x = model.MLP(8), torch.randn(2, 3, 8)
-    h = mlp.c_fc(x)
-    assert torch.allclose(mlp(x), mlp.c_proj(h * torch.sigmoid(1.702 * h)), atol=1e-6)
-
-
-def test_attention_is_pytorchs():
-    ours = model.Attention(32, 4, causal=False)
-    theirs = torch.nn.MultiheadAttention(32, 4, batch_first=True)
-    theirs.load_state_dict(ours.state_dict())
-    x = torch.randn(2, 5, 32)
-    assert torch.allclose(ours(x), theirs(x, x, x)[0], atol=1e-6)
-
-
-def test_text_is_read_where_it_ends_whatever_follows():
-    torch.manual_seed(0)
-    clip = model.CLIP(32, 8, 64, 1, 10, 50, 64, 2, 16)
-    tokens = torch.tensor([[48, 3, 4, 49, 0, 0, 0, 0, 0, 0], [48, 3, 4, 49, 7, 7, 0, 0, 0, 0]])
-    features = clip.encode_text(tokens)
-    assert torch.allclose(features[0], features[1], atol=1e-6)
-    assert torch.allclose(features[:1], clip.encode_text(tokens[:1, :4]), atol=1e-6)
+        loss = encoder(x).square().sum()
+        gradients.append(torch.autograd.grad(loss, list(encoder.parameters())))
+    assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(*gradients))
 
 
 def test_the_paper_audio_encoder_has_306_tokens_and_its_flops():
@@ -124,14 +78,5 @@ def test_the_paper_audio_encoder_has_306_tokens_and_its_flops():
     block = 12 * N * C * C + 2 * N * N * C        # q, k, v, out, MLP; scores and weighted values
     last = 2 * N * C * C + 10 * C * C + 2 * N * C
     assert encoder.flops() == 2 * (305 * C * 32 * 32 + 11 * block + last)
-
-
-def test_an_input_of_another_size_is_refused():
     with pytest.raises(ValueError, match="the encoder takes"):
-        vit()(torch.randn(1, 1, 41, 24))
-
-
-def test_golden_features_do_not_depend_on_the_rest_of_the_batch():
-    encoder, x = vit().eval(), torch.randn(4, 1, 40, 24)
-    alone = torch.cat([encoder(part) for part in x.split(1)])
-    assert F.cosine_similarity(alone, encoder(x)).min() > 1 - 1e-6
+        encoder(torch.randn(1, 1, 1001, 128))

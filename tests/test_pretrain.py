@@ -1,20 +1,13 @@
 """Banks, samples, checkpoints and the loop: killed is undisturbed, two ranks are one."""
 import json
-import os
-import random
-import signal
-import subprocess
-import time
-from pathlib import Path
+import shutil
 
-import conftest
 import data
 import numpy as np
 import pretrain
 import pytest
 import torch
-
-# -------------------------------------------------------------------------------------- banks
+from conftest import kill, kill_at_random, run, small_pretraining
 
 def test_an_array_in_chunk_files_is_made_once_and_in_order(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "CHUNK", 10)
@@ -22,18 +15,15 @@ def test_an_array_in_chunk_files_is_made_once_and_in_order(tmp_path, monkeypatch
 
     def make(start, end):
         made.append(start)
-        for row in range(start, end):
-            yield np.array([[row, row * row]])
+        yield np.arange(start, end)
 
     for _ in range(2):  # the second time nothing is left to do
-        paths = pretrain.in_chunks(tmp_path / "bank", 25, make, "rows")
-    assert made == [0, 10, 20]
-    rows = np.concatenate([pretrain.open_chunk(path) for path in paths])
-    assert (rows[:, 0] == np.arange(25)).all()
+        paths = pretrain.in_chunks(tmp_path, 25, make, "rows")
+    assert made == [0, 10, 20] and len(list(tmp_path.iterdir())) == 3
+    assert np.concatenate([pretrain.open_chunk(path) for path in paths]).tolist() == [*range(25)]
     paths[1].unlink()  # as a killed run leaves it
-    pretrain.in_chunks(tmp_path / "bank", 25, make, "rows")
+    pretrain.in_chunks(tmp_path, 25, make, "rows")
     assert made == [0, 10, 20, 10]
-    assert not list((tmp_path / "bank").glob("*part*"))
 
 
 def test_what_cannot_be_read_is_a_row_of_zeros_and_is_never_drawn(tmp_path, capfd):
@@ -53,8 +43,6 @@ def test_what_cannot_be_read_is_a_row_of_zeros_and_is_never_drawn(tmp_path, capf
         bank.draw(1, rng)
 
 
-# -------------------------------------------------------------------------- samples and order
-
 class Numbers(pretrain.AudioSamples):
     """Samples that are their own number and a random one; those below `bad` can't be read."""
 
@@ -67,14 +55,11 @@ class Numbers(pretrain.AudioSamples):
         return {"x": torch.tensor([float(i), rng.random()])}
 
 
-def test_chance_in_a_sample_follows_from_seed_epoch_and_clip_alone():
+def test_chance_follows_from_seed_epoch_and_clip_alone_and_the_next_clip_steps_in_for_a_bad_one():
     one, other = (Numbers(9) for _ in range(2))
     other[0, 1], other[5, 5]
     assert torch.equal(one[2, 7]["x"], other[2, 7]["x"])
     assert not torch.equal(one[2, 7]["x"], one[3, 7]["x"])
-
-
-def test_the_next_clip_steps_in_for_a_bad_one_which_is_named():
     sample = Numbers(9, bad=3)[0, 1]
     assert sample["x"][0] == 3 and sample["skipped"] == "clip 1"
     with pytest.raises(ValueError, match="no clip can be read, for example clip 4"):
@@ -100,126 +85,78 @@ def test_top1_counts_a_hit_by_label_set():
     assert hit.tolist() == [1, 0, 1, 0] and recall.tolist() == [0.5, 0, 1, 0]
 
 
-# ------------------------------------------------------------------------------------ the loop
-
-def parameters(folder):
-    return torch.load(folder / "checkpoint.pt", weights_only=True)["learner"]
+@pytest.fixture
+def flags(world, small_clip, tmp_path):
+    return small_pretraining(world, small_clip, tmp_path / "run")
 
 
 def furthest(one, other):
+    """The largest difference of two runs' parameters."""
+    one, other = (torch.load(out / "checkpoint.pt", weights_only=True) for out in (one, other))
+    assert one["step"] == other["step"] == 20
+    one, other = one["learner"], other["learner"]
     return max((one[name] - other[name]).abs().max().item() for name in one)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(checkpoint):
-    return checkpoint.parent
+def test_training_killed_at_random_moments_ends_as_undisturbed(checkpoint, flags, tmp_path):
+    kill_at_random(("CLIP embeds", "| loss ", "| loss "), "pretrain.py", *flags)
+    assert furthest(checkpoint.parent, tmp_path / "run") == 0
 
 
-def test_killed_at_random_moments_banks_and_training_end_as_undisturbed(
-        undisturbed, kill, run, pretrain_flags):
-    rng, kills = random.Random(0), 0
-    while kills < 3:
-        kills += kill(rng.uniform(2, 7), "pretrain.py", *pretrain_flags, "--log-every", 1)
-    run("pretrain.py", *pretrain_flags)
-    assert furthest(parameters(undisturbed), parameters(pretrain_flags[7])) == 0
-    assert not list(Path(pretrain_flags[7]).glob("*part*"))
+def test_two_ranks_are_one_and_a_run_goes_on_with_another_number(checkpoint, flags, tmp_path):
+    assert kill("step 8 ", "pretrain.py", *flags, ranks=2)
+    assert kill("step 14 ", "pretrain.py", *flags)
+    run("pretrain.py", *flags, ranks=2)
+    assert furthest(checkpoint.parent, tmp_path / "run") < 1e-5
 
 
-def test_two_ranks_are_one_and_a_run_goes_on_with_another_number(
-        undisturbed, kill, run, pretrain_flags):
-    out = pretrain_flags[7]
-    assert kill("step 8 ", "pretrain.py", *pretrain_flags, ranks=2)
-    assert kill("step 14 ", "pretrain.py", *pretrain_flags)
-    run("pretrain.py", *pretrain_flags, ranks=2)
-    assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] == 20
-    assert furthest(parameters(undisturbed), parameters(out)) < 1e-5
+def test_no_process_outlives_its_parent(flags):
+    """Neither ranks torchrun nor workers their rank; left alone they would go on for long."""
+    assert kill("step 2 ", "pretrain.py", *flags, "--epochs", 500, ranks=2) < 3
 
 
-def test_a_data_folder_is_only_read_and_a_checkpoint_is_all_there_is_to_know(
-        undisturbed, world):
+def test_a_data_folder_is_only_read_and_a_checkpoint_is_all_there_is_to_know(checkpoint, world):
     assert {path.name for path in world.iterdir()} == {
         "audio", "frames", "vocab.txt.gz", "ac.txt", "vc.txt", "fc.txt",
         *(f"{split}.jsonl" for split in ("pairs", "train", "val", "test", "gold"))}
-    saved = torch.load(undisturbed / "checkpoint.pt", weights_only=True)
+    saved = torch.load(checkpoint, weights_only=True)
     assert {"encoder", "front_end", "learner", "clip", "settings"} <= saved.keys()
-    rows = [json.loads(line) for line in (undisturbed / "log.jsonl").read_text().splitlines()]
-    assert rows[0]["command"]
-    assert [row["after"] for row in rows if "after" in row] == [1, 2, 3, 4, 5]
+    first, *rows = map(json.loads, checkpoint.with_name("log.jsonl").read_text().splitlines())
+    assert first["command"] and [row["after"] for row in rows if "after" in row] == [1, 2, 3, 4, 5]
 
 
-def test_another_setting_would_be_another_run(run, undisturbed, world, small_clip):
-    flags = conftest.small_pretraining(world, small_clip, undisturbed)
-    done = run("pretrain.py", *flags, "--lr-weights", 4, check=False)
-    assert done.returncode == 1 and "lr_weights was 5.0 and is 4.0" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_a_flipped_byte_and_another_stage_are_refused(undisturbed, tmp_path):
-    content = bytearray((undisturbed / "checkpoint.pt").read_bytes())
+def test_a_damaged_checkpoint_another_stages_or_runs_is_refused(checkpoint, flags, tmp_path):
+    content = bytearray(checkpoint.read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / "bad.pt").write_bytes(content)
-    with pytest.raises(ValueError, match="bad.pt"):
-        pretrain.load_checkpoint(tmp_path / "bad.pt", ["pretrain"])
-    with pytest.raises(ValueError, match="stage 'pretrain'; needed: head"):
-        pretrain.load_checkpoint(undisturbed / "checkpoint.pt", ["head"])
+    for path, why in ((tmp_path / "bad.pt", "bad.pt"),
+                      (checkpoint, "stage 'pretrain'; needed: head")):
+        with pytest.raises(ValueError, match=why):
+            pretrain.load_checkpoint(path, ["head"])
+    other = ["--out", checkpoint.parent, "--lr-weights", 4]
+    done = run("pretrain.py", *flags, *other, check=False)
+    assert done.returncode == 1 and "lr_weights was 5.0 and is 4.0" in done.stderr
 
 
-def test_a_loss_that_is_not_finite_stops_and_the_last_checkpoint_stays(run, pretrain_flags):
-    done = run("pretrain.py", *pretrain_flags, "--lr-biases", 1e30, check=False)
+def test_a_loss_that_is_not_finite_stops_and_the_last_checkpoint_stays(flags, tmp_path):
+    done = run("pretrain.py", *flags, "--lr-biases", 1e30, check=False)
     assert done.returncode == 1 and "weights diverge" in done.stderr
-    assert not (pretrain_flags[7] / "checkpoint.pt").exists()
+    assert not (tmp_path / "run/checkpoint.pt").exists()
 
 
 @pytest.mark.parametrize("bad", [1, 12])
-def test_more_than_ten_bad_clips_and_more_than_one_percent_stop_a_run(
-        bad, run, world, small_clip, tmp_path):
+def test_more_than_ten_bad_clips_and_more_than_one_percent_stop_a_run(bad, world, flags, tmp_path):
     folder = tmp_path / "own"
-    folder.mkdir()
-    for name in ("frames", "val.jsonl"):
-        (folder / name).symlink_to(world / name)
-    (folder / "audio").mkdir()
-    for path in (world / "audio").iterdir():
-        (folder / "audio" / path.name).symlink_to(path)
+    shutil.copytree(world, folder)
     for i in range(bad):
-        (folder / f"audio/train_{i}.wav").unlink()
         (folder / f"audio/train_{i}.wav").write_bytes(b"nothing")
-    (folder / "train.jsonl").write_bytes((world / "train.jsonl").read_bytes())
-    flags = conftest.small_pretraining(world, small_clip, tmp_path / "out/run")
     done = run("pretrain.py", *flags, "--data", folder, "--epochs", 1, check=False)
     assert "train_0.wav" in done.stderr and done.returncode == (bad > 10)
     assert ("more than ten" in done.stderr) == (bad > 10)
 
 
-def test_a_bare_machine_is_told_what_to_do_once_and_not_once_a_rank(run, tmp_path):
-    for ranks in (1, 2):
-        done = run("pretrain.py", ranks=ranks, check=False, cwd=tmp_path)
-        assert done.returncode == 1
-        assert done.stderr.count("pretrain.py: data/audioset: no such folder") == 1
-        assert "pretrain.py --data toy" in done.stderr
-
-
-def test_no_process_outlives_its_parent(pretrain_flags, tmp_path):
-    mark = f"MARK={tmp_path}"
-    flags = [*pretrain_flags, "--epochs", 500, "--log-every", 1]
-    process = subprocess.Popen(conftest.command("pretrain.py", *flags), stdout=subprocess.PIPE,
-                               env=conftest.ENVIRONMENT | {"MARK": str(tmp_path)}, text=True)
-
-    def alive():
-        count = 0
-        for path in Path("/proc").glob("[0-9]*/environ"):
-            try:
-                count += mark.encode() in path.read_bytes()
-            except OSError:
-                continue
-        return count
-
-    for line in process.stdout:
-        if line.startswith("step 2 "):
-            break
-    assert alive() == 2  # it and its worker
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    deadline = time.time() + 10
-    while alive() and time.time() < deadline:
-        time.sleep(0.1)
-    assert alive() == 0
+def test_a_bare_machine_is_told_what_to_do_once_and_not_once_a_rank(tmp_path):
+    done = run("pretrain.py", ranks=2, check=False, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.count("pretrain.py: data/audioset: no such folder") == 1
+    assert "pretrain.py --data toy" in done.stderr

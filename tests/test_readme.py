@@ -1,16 +1,12 @@
 """README.md keeps its word: each command runs on a small toy world, or says what it lacks."""
-import json
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 
-import conftest
-import data
 import pytest
+from conftest import ROOT, run
 
-TEXT = (conftest.ROOT / "README.md").read_text()
+TEXT = (ROOT / "README.md").read_text()
 NOT_RUN = {  # a command's beginning -> why it is not run here
     "pip install": "the environment is there", "git clone": "needs a network",
     "ruff": "not needed to run or test", "python -m pytest": "these tests",
@@ -20,11 +16,11 @@ NOT_RUN = {  # a command's beginning -> why it is not run here
 
 
 def commands():
-    """All commands of the page, in its order, each once: out of blocks, and of sentences."""
+    """All commands of the page, in its order, each once, out of blocks and sentences; on 1 rank."""
     found = []
     for block, span in re.findall(r"```\n(.*?)```|(?<!`)`([^`\n]+)`(?!`)", TEXT, re.DOTALL):
         for line in (block or span).splitlines():
-            line = re.sub(r"  +#.*", "", line).strip().removeprefix("$ ")
+            line = re.sub(r"  +#.*|--nproc\S* ", "", line).strip().removeprefix("$ ")
             found += [part.strip() for part in line.split("&&")]
     starts = ("python ", "torchrun ", "pip ", "git ", "ruff ")
     return [line for line in dict.fromkeys(found) if line.startswith(starts) and "…" not in line]
@@ -35,36 +31,23 @@ ON_THE_TOY = [line for line in COMMANDS if "toy" in line or "-k by_hand" in line
               or line == "python tests/figures.py"]
 
 
-def run(line, cwd):
-    """A command of the page in a folder, without a network; torchrun's ranks are one."""
-    words = [word for word in shlex.split(line)[1:] if not word.startswith("--nproc")]
-    words = [str(conftest.ROOT / word) if word.endswith(".py") else word for word in words]
-    alone = {"HOME": str(cwd), "https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
-    return subprocess.run([sys.executable, *words], cwd=cwd, env=conftest.ENVIRONMENT | alone,
-                          text=True, capture_output=True, timeout=300, check=False)
-
-
 def test_every_script_has_a_command_on_the_page():
-    scripts = {path.name for path in conftest.ROOT.glob("*.py")} - {"model.py"}
+    scripts = {path.name for path in ROOT.glob("*.py")} - {"model.py"}
     assert scripts <= {word for line in COMMANDS for word in line.split()}
     assert len(ON_THE_TOY) >= 6 and len(COMMANDS) - len(ON_THE_TOY) >= 8
 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if line not in ON_THE_TOY])
 def test_a_command_that_lacks_something_says_so_without_a_traceback(line, tmp_path):
-    done = run(line, tmp_path)
+    done = run(*shlex.split(line)[1:], cwd=tmp_path, check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert re.search(r"python \w+\.py|https?://|no such|by other means", done.stderr), done.stderr
 
 
 def test_the_commands_for_the_toy_run_in_their_order(world, small_clip, tmp_path):
     shutil.copytree(world, tmp_path / "data/toy")
-    for row in (tmp_path / "data/toy/gold.jsonl").read_text().splitlines()[:1]:
-        assert json.loads(row)["captions"]
-    clip = tmp_path / "out/toy/clip/clip.pt"
-    clip.parent.mkdir(parents=True)
-    shutil.copy(small_clip, clip)
+    (tmp_path / "out/toy/clip").mkdir(parents=True)
+    shutil.copy(small_clip, tmp_path / "out/toy/clip/clip.pt")
     for line in ON_THE_TOY:
-        done = run(line + " --steps 2" * ("finetune.py" in line), tmp_path)
-        assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
-    assert data.read_index(tmp_path / "data/toy/train.jsonl")
+        few = ["--steps", 2] if "finetune.py" in line else []
+        run(*shlex.split(line)[1:], *few, cwd=tmp_path)
