@@ -204,7 +204,7 @@ def load_audio(path, sample_rate, seconds=None):
         if seconds and length >= seconds * rate:
             break
     wave = np.concatenate(blocks)[:math.ceil(seconds * rate) if seconds else None]   # (S,)
-    check_heard(path, len(wave), rate, silent=len(wave) and np.ptp(wave) == 0)
+    check_heard(path, len(wave), rate, silent=not np.diff(wave).any())
     return resample(path, wave, rate, sample_rate)
 
 
@@ -219,7 +219,7 @@ def audio_windows(path, sample_rate, seconds):
     for rate, block in sound_blocks(path):
         parts.append(block)
         end += len(block)
-        silent = silent and not block.any()
+        silent = silent and not np.diff(block).any()
         size = max(1, round(seconds * rate))
         while end > start + 1.02 * size:
             wave = np.concatenate(parts)[start - begin:]
@@ -768,7 +768,7 @@ def cut_audio(path, start, end, sample_rate):
         wave = np.concatenate(blocks)[max(0, at):][:size]                            # (S,)
         if wave.any():
             break
-    check_heard(path, len(wave), rate, silent=len(wave) and np.ptp(wave) == 0)
+    check_heard(path, len(wave), rate, silent=not np.diff(wave).any())
     return resample(path, wave, rate, sample_rate)
 
 
