@@ -15,10 +15,9 @@ import math
 import pickle
 import zipfile
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from contextlib import contextmanager
 from pathlib import Path
 
-from data import FrontEnd, run, write_whole
+from data import FrontEnd, reading, run, write_whole
 from model import CLIP, VisionTransformer, print0
 
 import ftfy
@@ -28,15 +27,6 @@ import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 from torch.hub import download_url_to_file
-
-@contextmanager
-def reading(path, what):
-    """Turn whatever a damaged or foreign file raises into a ValueError that names it."""
-    try:
-        yield
-    except Exception as error:
-        raise ValueError(f"{path}: no {what}: {error!s:.300}") from None
-
 
 # ---------------------------------------------------------------------------------- tokenizer
 class Tokenizer:

@@ -47,14 +47,14 @@ class Unreadable(ValueError):
 
 
 @contextmanager
-def reading(path):
-    """What fails inside is Unreadable: over a damaged file a decoder may raise anything."""
+def reading(path, what):
+    """What fails inside is Unreadable: over a damaged or a foreign file anything may be raised."""
     try:
         yield
     except Unreadable:
         raise
     except Exception as error:
-        raise Unreadable(f"{path}: can't be read ({type(error).__name__}: {error})") from None
+        raise Unreadable(f"{path}: no {what} ({type(error).__name__}: {error!s:.300})") from None
 
 
 def run(main):
@@ -97,10 +97,15 @@ def end_with_parent(parent, worker):
         os._exit(1)
 
 
+def loader(items, workers, **options):
+    """A DataLoader whose worker processes (0: this one) end when this one does."""
+    return DataLoader(items, num_workers=workers,
+                      worker_init_fn=partial(end_with_parent, os.getpid()), **options)
+
+
 def in_processes(function, items, workers):
-    """function(item) for each item, in order, computed by worker processes (0: here)."""
-    return DataLoader(items, batch_size=None, num_workers=workers, collate_fn=function,
-                      worker_init_fn=partial(end_with_parent, os.getpid()))
+    """function(item) for each item, in order, computed by worker processes."""
+    return loader(items, workers, batch_size=None, collate_fn=function)
 
 
 # -------------------------------------------------------------------------------------- sound
@@ -109,7 +114,8 @@ def opened(path, kind):
     """A file and its streams of a kind, "audio" or "video"; a cover is no video."""
     # a WAV is read to its end, whatever its header says; a playlist leads to no network
     options = {"ignore_length": "1", "protocol_whitelist": "file"}
-    with reading(path), av.open(f"file:{path}", options=options, metadata_errors="ignore") as file:
+    with (reading(path, f"readable {kind}"),
+          av.open(f"file:{path}", options=options, metadata_errors="ignore") as file):
         streams = []
         for stream in getattr(file.streams, kind):
             cover = stream.disposition & av.stream.Disposition.attached_pic
@@ -155,7 +161,7 @@ def sound_blocks(path):
     libsndfile reads WAVs that know their length; FFmpeg decodes everything else to its end, and no
     header's length is believed. Raises Unreadable.
     """
-    with reading(path):
+    with reading(path, "readable audio"):
         if is_whole_wav(path):
             with soundfile.SoundFile(path) as file:
                 if file.subtype.startswith(("PCM", "FLOAT", "DOUBLE")):
@@ -371,7 +377,7 @@ def preprocess_image(image, size=224):
 
 def load_image(path, size=224):
     """Image file -> (3, R, R) float32. Raises Unreadable (missing, damaged)."""
-    with reading(path), Image.open(path) as image:
+    with reading(path, "readable image"), Image.open(path) as image:
         return preprocess_image(ImageOps.exif_transpose(image), size)
 
 
@@ -587,11 +593,9 @@ def read_coco_captions(folder, split):
     """MSCOCO 2014's captions of a split (train, val) -> list of str."""
     name = f"captions_{split}2014.json"
     for path in find_files(folder, (name,)):
-        try:
+        with reading(path, "captions as MSCOCO's"):
             rows = json.loads(read_text(path))["annotations"]
             return [" ".join(row["caption"].split()) for row in rows]
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path}: not MSCOCO's captions ({error})") from None
     raise FileNotFoundError(f"{folder}: no {name} in it. Get it: {SOURCES['mscoco']}")
 
 

@@ -24,9 +24,8 @@ from pathlib import Path
 
 from clip_load import (Tokenizer, audio_encoder_from_clip, blank_audio_encoder, check_zip, digest,
                        find_clip, find_vocabulary, load_clip, pack_clip)
-from data import (FrontEnd, Remember, Unreadable, dataset_folder, end_with_parent,
-                  held_out_by_audiocaps, load_image, make_toy, mask, read_index, read_split, run,
-                  write_whole)
+from data import (FrontEnd, Remember, Unreadable, dataset_folder, held_out_by_audiocaps, load_image,
+                  loader, make_toy, mask, read_index, read_split, reading, run, write_whole)
 from model import (CLIP, LARS, LOG_SCALE, VisionTransformer, barrier, info_nce, join_ranks,
                    parameter_groups, print0, rank_and_size, schedule)
 
@@ -36,7 +35,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset, default_collate
 from tqdm import tqdm
 
 # ----------------------------------------------------------------------------------- settings
@@ -159,10 +158,8 @@ def read_batch(items, read):
 @torch.no_grad()
 def embed(items, read, encode, dimensions, workers=0):
     """encode(batch of read(item)) for items in order: yields (b, D) float32, zeros for bad ones."""
-    loader = DataLoader(items, batch_size=128, num_workers=workers,
-                        collate_fn=partial(read_batch, read=read),
-                        worker_init_fn=partial(end_with_parent, os.getpid()))
-    for good, batch in loader:
+    read_some = partial(read_batch, read=read)
+    for good, batch in loader(items, workers, batch_size=128, collate_fn=read_some):
         features = np.zeros((len(good), dimensions), np.float32)
         if good.any():
             features[good] = encode(batch).float().cpu().numpy()
@@ -340,11 +337,9 @@ def load_checkpoint(path, stages):
         raise FileNotFoundError(f"{path}: no such checkpoint. python pretrain.py makes one, python "
                                 f"clip_load.py vipant fetches the authors'")
     check_zip(path)
-    try:
+    with reading(path, "checkpoint of ours"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         stage = checkpoint["stage"]
-    except Exception as error:  # of a damaged file, anything
-        raise ValueError(f"{path}: not a checkpoint of ours ({str(error):.99})") from None
     if stage not in stages:
         raise ValueError(f"{path}: a checkpoint of stage '{stage}'; needed: {' or '.join(stages)}")
     return checkpoint
@@ -352,12 +347,10 @@ def load_checkpoint(path, stages):
 
 def audio_encoder_of(checkpoint, path):
     """The audio encoder of a loaded checkpoint, and its front end. Raises ValueError."""
-    try:
+    with reading(path, "whole checkpoint"):
         encoder = VisionTransformer(**checkpoint["encoder"])
         learner = AudioLearner(encoder, FrontEnd(**checkpoint["front_end"]))
         learner.load_state_dict(checkpoint["learner"])
-    except (KeyError, TypeError, RuntimeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a whole checkpoint ({error})") from None
     return encoder.eval(), learner.front_end
 
 
@@ -450,8 +443,7 @@ def train(learner, samples, settings, about, validate, device):
         peak_rate = matmul_rate(device)
     flops = 3 * learner.audio_encoder.flops()  # of a clip; a backward pass costs two forward
     order = batches(len(samples), settings.batch, settings.seed, start, steps)
-    source = iter(DataLoader(samples, batch_sampler=order, num_workers=settings.workers,
-                             pin_memory=gpu, worker_init_fn=partial(end_with_parent, os.getpid())))
+    source = iter(loader(samples, settings.workers, batch_sampler=order, pin_memory=gpu))
     write_log(log, f"{settings.out}: {len(samples)} clips, step {start} of {steps}, {size} rank(s) "
               f"on {device}", command=sys.argv, settings=asdict(settings), ranks=size)
     logged, began, waiting, skipped = start, time.perf_counter(), 0.0, 0
