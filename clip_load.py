@@ -332,7 +332,7 @@ def import_vipant(source, out, clip, packed):
         inherit(encoder, state, encoder.grid if resized else clip.visual.grid)
     learner = {f"audio_encoder.{key}": value for key, value in encoder.state_dict().items()}
     learner["log_scale"] = torch.tensor(float(scale))
-    gc = name in VIPANT["vipant-gc"]
+    gc = VIPANT["vipant-gc"].endswith(name)
     settings = {"imported": name} | ({"source": "gc"} if gc else {"init": "clip"})
     torch.save({"stage": "finetune" if gc else "pretrain", "settings": settings, "clip": packed,
                 "encoder": encoder.config, "front_end": vars(FrontEnd()), "learner": learner}, out)

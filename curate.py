@@ -23,8 +23,8 @@ from data import (add_labels, dataset_folder, read_coco_captions, read_segments,
                   read_split, run, write_whole)
 from evaluate import PROMPT
 from model import barrier, join_ranks, print0, rank_and_size
-from pretrain import (CHUNK, TOY, frame_bank, in_chunks, open_chunk, parse, setting, short_digest,
-                      text_bank, training_clips)
+from pretrain import (CHUNK, TOY, Training, frame_bank, in_chunks, open_chunk, parse, setting,
+                      short_digest, text_bank, training_clips)
 
 import numpy as np
 import torch
@@ -51,7 +51,7 @@ class Settings:
     model: str = setting("EleutherAI/gpt-j-6b", "generate: of transformers, a name or a folder")
     prompts: int = setting(250_000, "generate: each gives about four captions")
     seed: int = setting(0, "of rc's captions and of prompts")
-    workers: int = setting(TOY.workers, "decoding processes a rank")
+    workers: int = setting(Training.workers, "decoding processes a rank")
 
 
 def folder_of(source, data):

@@ -17,6 +17,7 @@ import csv
 import ctypes
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -112,18 +113,19 @@ def in_processes(function, items, workers):
 @contextmanager
 def opened(path, kind):
     """A file and its streams of a kind, "audio" or "video"; a cover is no video."""
-    # a WAV is read to its end, whatever its header says; a playlist leads to no network
-    options = {"ignore_length": "1", "protocol_whitelist": "file"}
-    with (reading(path, f"readable {kind}"),
-          av.open(f"file:{path}", options=options, metadata_errors="ignore") as file):
-        streams = []
-        for stream in getattr(file.streams, kind):
-            cover = stream.disposition & av.stream.Disposition.attached_pic
-            if stream.codec_context and not cover:
-                streams.append(stream)
-        if not streams:
-            raise Unreadable(f"{path}: has no {kind}")
-        yield file, streams
+    with reading(path, f"readable {kind}"):
+        options = {"protocol_whitelist": "file"}  # a playlist leads to no network
+        if not is_whole_wav(path):
+            options["ignore_length"] = "1"  # a WAV is read to its end, whatever its header says
+        with av.open(f"file:{path}", options=options, metadata_errors="ignore") as file:
+            streams = []
+            for stream in getattr(file.streams, kind):
+                cover = stream.disposition & av.stream.Disposition.attached_pic
+                if stream.codec_context and not cover:
+                    streams.append(stream)
+            if not streams:
+                raise Unreadable(f"{path}: has no {kind}")
+            yield file, streams
 
 
 def decoded(file, stream):
@@ -466,7 +468,7 @@ def read_table(path, make, need, header=True):
     empty. Raises FileNotFoundError, ValueError (file, line, what was found instead).
     """
     text, columns, made, fields = read_text(path), None if header else need, [], []
-    lines = csv.reader(text.splitlines(keepends=True), skipinitialspace=True,
+    lines = csv.reader(io.StringIO(text), skipinitialspace=True,
                        delimiter=max(",;\t", key=text.partition("\n")[0].count))
     try:
         for fields in lines:
@@ -516,7 +518,7 @@ def read_index(path, need=()):
     """
     path, clips = Path(path), {}
     names = class_names(path.parent)
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         try:
             if line.strip():
                 clip = clip_of(json.loads(line), path.parent, names, need)
@@ -702,22 +704,21 @@ def add_labels(clips, folder):
     return [replace(clip, labels=labels.get(clip.id[:11], clip.labels)) for clip in clips]
 
 
-def held_out_by_audiocaps(clips, tables, folder):
-    """Which clips' videos AudioCaps tests, so that training leaves them out -> list of bool.
+def held_out_by_audiocaps(tables, folder):
+    """The videos that AudioCaps, whose tables are in `tables`, tests: they must not train -> set.
 
-    tables: folder of AudioCaps' tables. Where they are missing, clips of `folder` are refused if
-    it is AudioSet's or VGGSound's (it holds their tables); one's own videos have none to fear.
+    Where they are missing, `folder` is refused if it is AudioSet's or VGGSound's (it holds their
+    tables); one's own videos have none to fear.
     """
     paths = [Path(tables) / "val.csv", Path(tables) / "test.csv"]
     if all(path.exists() for path in paths):
-        videos = {segment.video for path in paths for segment in read_segments(path)}
-        return [clip.id[:11] in videos for clip in clips]
+        return {segment.video for path in paths for segment in read_segments(path)}
     for table in TABLES["audioset"] + TABLES["vggsound"]:
         if (Path(folder) / table).exists():
             raise FileNotFoundError(f"{tables}: no val.csv and test.csv of AudioCaps, whose clips "
                                     f"are to be left out of training. Get them: "
                                     f"{SOURCES['audiocaps']}; or --leave-out none")
-    return [False] * len(clips)
+    return set()
 
 
 # ----------------------------------------------------------------------------- videos to clips
@@ -1120,7 +1121,7 @@ def make_toy(folder, seed=0, splits=TOY_SPLITS, workers=2):
         (part / f"{kind}.txt").write_text("\n".join(toy_captions(kind, rng)) + "\n")
     write_toy_vocabulary(part / "vocab.txt.gz")
     os.replace(part, folder)
-    print(f"{folder}: {splits}; next: python pretrain.py --data {folder.name}")
+    print(f"{folder}: {splits}")
 
 
 # ------------------------------------------------------------------------------- the commands

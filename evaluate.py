@@ -393,10 +393,10 @@ def curve(paths, out):
     """Image -> audio retrieval by epoch, from the logs beside checkpoints (Fig. 5)."""
     lines = {}
     for path in paths:
-        scores = {}  # epoch: %
+        scores, metric = {}, "no validation"  # epoch: %
         for line in path.with_name("log.jsonl").read_text().splitlines():
             row = json.loads(line)
-            if "after" in row:  # a validation: step, epoch, a score
+            if "after" in row and len(row) > 2:  # a validation: step, epoch, a score
                 metric = list(row)[-1]
                 scores[row["after"]] = row[metric]
         print0(f"{path.parent}, {metric}:", *map(cell, scores.values()))
@@ -429,13 +429,16 @@ def hear(model, places, memory):
     for path in tqdm(paths, "listening"):
         of_file = f"{os.path.realpath(path)} {os.path.getsize(path)} {os.path.getmtime(path)}"
         kept = memory / f"{short_digest(of_file, ear)}.npy"
-        try:
-            rows = torch.tensor(open_chunk(kept)) if kept.exists() else embed_windows(model, path)
-        except Unreadable as error:
-            tqdm.write(f"skipped: {error}", file=sys.stderr)
-            continue
-        with suppress(OSError):  # where nothing can be kept, it is heard anew next time
-            write_whole(kept, partial(np.save, arr=rows))
+        if kept.exists():
+            rows = torch.tensor(open_chunk(kept))
+        else:
+            try:
+                rows = embed_windows(model, path)
+            except Unreadable as error:
+                tqdm.write(f"skipped: {error}", file=sys.stderr)
+                continue
+            with suppress(OSError):  # where nothing can be kept, it is heard anew next time
+                write_whole(kept, partial(np.save, arr=rows))
         heard += [(path, *row[:2].tolist(), row[2:]) for row in rows]
     if not heard:
         raise ValueError(f"none of {len(paths)} recordings in {', '.join(places)} can be heard")
@@ -451,7 +454,7 @@ def place_of(path, start, end):
 def tag(model, heard, labels):
     """Print each window's five likeliest labels: a softmax at the learned temperature (Eq. 5)."""
     if os.path.isfile(labels[0]):
-        labels = Path(labels[0]).read_text().splitlines()
+        labels = [line for line in Path(labels[0]).read_text().splitlines() if line.strip()]
     texts = model.embed_texts(labels, PROMPT)                                    # (K, D)
     for *place, feature in heard:
         shares = (model.scale * texts @ feature).softmax(0)                      # (K,)

@@ -98,7 +98,7 @@ TOY = Settings(data="toy", leave_out="none", clip="out/toy/clip/clip.pt",
 
 
 def parse(defaults, presets, argv=None, description=None):
-    """Command line -> settings. --head or --data may name a preset, which other flags override."""
+    """Command line -> settings. --head or `--data toy` means a preset, which flags override."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(defaults):
@@ -109,7 +109,8 @@ def parse(defaults, presets, argv=None, description=None):
         flag = "--" + f.name.replace("_", "-")
         parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **kind)
     given = vars(parser.parse_args(argv))
-    return replace(presets.get(given.get("head") or given.get("data"), defaults), **given)
+    preset = given.get("head") or ("toy" if given.get("data") == "toy" else None)
+    return replace(presets.get(preset, defaults), **given)
 
 
 # ---------------------------------------------------------------------- banks, in chunk files
@@ -282,7 +283,7 @@ class AudioSamples(Dataset):
     def __init__(self, clips, banks, front_end, seed):
         self.paths = np.array([os.fsencode(clip.audio) for clip in clips])  # shared with workers
         self.banks, self.front_end, self.seed = banks, front_end, seed
-        if 4 * len(clips) * front_end.samples < 2 ** 30:  # bytes: a small set is decoded once
+        if 4 * len(clips) * front_end.samples < 2 ** 28:  # bytes: each worker decodes it once
             self.front_end = Remember(**asdict(front_end))
 
     def __len__(self):
@@ -427,6 +428,9 @@ def train(learner, samples, settings, about, validate, device):
                          f"not more than the {len(samples)} clips")
     steps_per_epoch = len(samples) // settings.batch
     steps = settings.steps or settings.epochs * steps_per_epoch
+    fast = torch.cuda.is_bf16_supported(False) if gpu else torch.cpu._is_avx512_bf16_supported()
+    bf16 = settings.precision == "bf16" or settings.precision == "auto" and fast
+    settings = replace(settings, precision="bf16" if bf16 else "fp32")
     learner.to(device).train()
     optimizer = make_optimizer(learner, settings)
     start = resume(path, learner, optimizer, settings, about)
@@ -436,8 +440,6 @@ def train(learner, samples, settings, about, validate, device):
         if compiles and isinstance(module, VisionTransformer):
             module.compile()
     model = DistributedDataParallel(learner) if size > 1 else learner
-    fast = torch.cuda.is_bf16_supported(False) if gpu else torch.cpu._is_avx512_bf16_supported()
-    bf16 = settings.precision == "bf16" or settings.precision == "auto" and fast
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     with autocast:
         peak_rate = matmul_rate(device)
@@ -454,6 +456,8 @@ def train(learner, samples, settings, about, validate, device):
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * settings.lr_factor(step - 1, steps_per_epoch)
         # batch
+        if (step - 1) % steps_per_epoch == 0:
+            skipped = 0
         batch, bad, waited = next_batch(source, device)
         skipped, waiting = skipped + bad, waiting + waited
         # step
@@ -486,7 +490,7 @@ def train(learner, samples, settings, about, validate, device):
         write_log(log, f"step {step} | {line}", step=step, **numbers)
         # validate
         if epoch_ends:
-            scores, skipped = validate(learner.eval()), 0
+            scores = validate(learner.eval())
             learner.train()
             line = ", ".join(f"{name} {value:.1f} %" for name, value in scores.items())
             write_log(log, f"  validation: {line}", step=step, after=step // steps_per_epoch,
@@ -543,13 +547,11 @@ def training_clips(folder, leave_out):
     leave_out: folder of AudioCaps' tables, or none. Raises FileNotFoundError, ValueError (no clip).
     """
     listed = read_split("audioset", folder, "train")
-    clips = [clip for clip in listed if clip.audio and clip.frames]
-    whole = len(clips)
-    if leave_out != "none":
-        held_out = held_out_by_audiocaps(clips, leave_out, folder)
-        clips = [clip for clip, held in zip(clips, held_out) if not held]
-    print0(f"{folder}: {len(clips)} of {len(listed)} clips train; {whole - len(clips)} with sound "
-           f"and frames are left out, which AudioCaps ({leave_out}) tests")
+    whole = [clip for clip in listed if clip.audio and clip.frames]
+    held_out = set() if leave_out == "none" else held_out_by_audiocaps(leave_out, folder)
+    clips = [clip for clip in whole if clip.id[:11] not in held_out]
+    print0(f"{folder}: {len(clips)} of {len(listed)} clips train; {len(whole) - len(clips)} with "
+           f"sound and frames are left out, for AudioCaps tests their videos")
     if not clips:
         raise ValueError(f"{folder}: no clip to train on; python data.py extract cuts sound and "
                          f"frames out of videos")
@@ -561,7 +563,11 @@ def pretrain(settings, device):
     folder = dataset_folder(settings.data)
     banks = Path(settings.out).parent / "banks"  # beside the run: other runs use them too
     clips = training_clips(folder, settings.leave_out)
-    val = [clip for clip in read_split("audioset", folder, "val") if clip.audio and clip.frames]
+    try:
+        val = [each for each in read_split("audioset", folder, "val") if each.audio and each.frames]
+    except FileNotFoundError as error:
+        val = []
+        print0(f"no validation: {error}")
     clip = load_clip(find_clip(settings.clip), device)
     tokenizer = Tokenizer(find_vocabulary(settings.vocab), clip.context_length)
     bank = frame_bank(banks, clips, clip, device, settings.workers)

@@ -2,7 +2,6 @@
 import json
 import random
 import struct
-import time
 from dataclasses import replace
 
 import data
@@ -236,14 +235,13 @@ def test_refusals_name_file_and_line(tmp_path, name, text, why):
 
 
 def test_what_audiocaps_tests_is_held_out(tmp_path):
-    clips = [Clip(f"{name}_10") for name in IDS]
-    assert data.held_out_by_audiocaps(clips, tmp_path, tmp_path) == [False] * 3  # one's own
+    assert data.held_out_by_audiocaps(tmp_path, tmp_path) == set()  # one's own
     write(tmp_path / "eval_segments.csv")
     with pytest.raises(FileNotFoundError, match="--leave-out none"):
-        data.held_out_by_audiocaps(clips, tmp_path, tmp_path)
+        data.held_out_by_audiocaps(tmp_path, tmp_path)
     write(tmp_path / "val.csv", HEADER + f"1,{IDS[0]},30,a dog\n")
     write(tmp_path / "test.csv", HEADER + f"1,{IDS[2]},30,a dog\n")
-    assert data.held_out_by_audiocaps(clips, tmp_path, tmp_path) == [True, False, True]
+    assert data.held_out_by_audiocaps(tmp_path, tmp_path) == {IDS[0], IDS[2]}
 
 
 # ------------------------------------------------------------------------------------- videos
@@ -368,17 +366,16 @@ def test_damaged_files_end_in_a_clear_error(tmp_path, world):
                (videos, lambda path: data.cut_audio(path, 1, 2, RATE)),
                (sorted((world / "frames").iterdir()), data.load_image),
                ([world / "test.jsonl"], read_index), ([tmp_path / "x.csv"], data.read_segments)]
-    rng, until, refused, tries = random.Random(0), time.monotonic() + 15, 0, 0
-    while tries < 500 and time.monotonic() < until:
-        paths, read = readers[tries % len(readers)]
+    rng, refused = random.Random(0), 0
+    for i in range(300):
+        paths, read = readers[i % len(readers)]
         raw = bytearray(rng.choice(paths).read_bytes())
         for _ in range(rng.choice((1, 10, 100))):
             raw[rng.randrange(rng.choice((60, len(raw))))] = rng.randrange(256)
         (tmp_path / "damaged").write_bytes(raw[:rng.choice((len(raw), rng.randrange(len(raw))))])
-        tries += 1
         try:
             read(tmp_path / "damaged")
         except ValueError as error:  # Unreadable is one
             refused += 1
             assert "damaged" in str(error)
-    assert tries > 100 and 0 < refused < tries
+    assert 0 < refused < 300
