@@ -388,7 +388,7 @@ def load_image(path, size=224):
 class Clip:
     """A clip of a dataset. Paths are joined with the dataset's folder."""
     id: str
-    audio: str = ""         # "" where the sound is not on disk
+    audio: str = ""         # where it should lie; "" where nothing says so
     frames: tuple = ()      # paths of its images, in time
     labels: tuple = ()
     captions: tuple = ()
@@ -397,7 +397,7 @@ class Clip:
     start: float = 0.0      # s in the video, of a clip that is to be cut out of one
     end: float = 0.0        # without an end all of a user's own video
     split: str = ""         # VGGSound's table has two
-    numbers: tuple = ()     # AudioCaps' own ids
+    audiocap_ids: tuple = ()  # one a caption
 
     @property
     def video(self):
@@ -631,7 +631,8 @@ def read_segments(path):
         clip = clips.get(clip.id, clip)
         if "caption" in row:  # AudioCaps, a row a caption
             captions = (*clip.captions, " ".join(row["caption"].split()))
-            clip = replace(clip, captions=captions, numbers=(*clip.numbers, row.get("audiocap_id")))
+            audiocap_ids = (*clip.audiocap_ids, row.get("audiocap_id"))
+            clip = replace(clip, captions=captions, audiocap_ids=audiocap_ids)
         clips[clip.id] = clip
 
     read_table(path, add, columns, header="caption" in columns)
@@ -659,7 +660,7 @@ def with_files(segments, paths):
     """
     named, found = {}, {}
     for segment in segments:
-        for name in (segment.video, *segment.numbers):
+        for name in (segment.video, *segment.audiocap_ids):
             named.setdefault(name, []).append(segment)
     for path in paths:
         stem = os.path.splitext(os.path.basename(path))[0]

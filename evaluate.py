@@ -273,7 +273,7 @@ def measure(model, task, folder):
 # ------------------------------------------------------------------------------------- tables
 # The paper's rows. R@1 and R@10 of text -> audio, then of audio -> text, on AudioCaps, on Clotho at
 # 18 s (Table 3) and 10 s (Table 8); with and without the prompt ESC-50, US8K, AudioSet (Table 4).
-TABLES = """
+PAPER_TABLES = """
 VA-Rand 1.3 7.3 5.6 24.5 1.3 7.5 3.2 13.5 1.4 7.4 3.2 13.1 37.6 33.0 41.9 38.1 1.7 2.0
 vip-AnT 0.8 7.9 10.1 38.1 1.9 9.5 7.0 25.6 1.9 10.1 6.1 23.7 57.1 49.9 44.7 37.8 2.6 2.8
 AC      9.9 45.6 15.2 52.9 6.7 29.1 7.1 30.7 5.9 26.3 8.2 30.3 62.8 55.7 54.0 47.0 11.6 12.3
@@ -284,15 +284,15 @@ GL      12.4 52.9 13.0 51.2 6.7 29.0 6.8 27.0 6.0 27.1 6.1 25.4 67.2 64.5 62.6 6
 oracle  4.8 27.8 6.6 31.2
 GC      27.7 78.0 34.3 79.7 11.1 40.5 11.8 41.0 10.2 39.0 10.3 37.2 69.5 64.2 71.9 67.1 13.3 13.6
 """
-PAPER = {line[:8].strip(): line[8:].split() for line in TABLES.strip().split("\n")}
-COLUMNS = {"audiocaps": 0, "clotho 18 s": 4, "clotho 10 s": 8, "esc50": 12, "us8k": 14,
+PAPER = {line[:8].strip(): line[8:].split() for line in PAPER_TABLES.strip().split("\n")}
+PAPER_COLUMNS = {"audiocaps": 0, "clotho 18 s": 4, "clotho 10 s": 8, "esc50": 12, "us8k": 14,
            "audioset": 16, "oracle": 0}
 
 
 def paper_of(row, part):
     """What the paper reports in a row of its tables for a part of ours: {variant: {metric: %}}."""
     row = "oracle" if part == "oracle" else row
-    numbers = [float(number) for number in PAPER[row][COLUMNS.get(part, 18):]]
+    numbers = [float(number) for number in PAPER[row][PAPER_COLUMNS.get(part, 18):]]
     if part in CLASSES:
         metric = "map" if part == "audioset" else "accuracy"
         return {variant: {metric: number} for variant, number in zip(PROMPTS, numbers)}

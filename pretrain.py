@@ -281,7 +281,8 @@ class AudioSamples(Dataset):
     """
 
     def __init__(self, clips, banks, front_end, seed):
-        self.paths = np.array([os.fsencode(clip.audio) for clip in clips])  # shared with workers
+        # one array: each worker would come to copy a list of strings
+        self.paths = np.array([os.fsencode(clip.audio) for clip in clips])
         self.banks, self.front_end, self.seed = banks, front_end, seed
         if 4 * len(clips) * front_end.samples < 2 ** 28:  # bytes: each worker decodes it once
             self.front_end = Remember(**asdict(front_end))
@@ -376,7 +377,7 @@ def resume(path, learner, optimizer, settings, about):
 
 # ----------------------------------------------------------------------------------- the loop
 def next_batch(source, device):
-    """A DataLoader's next batch, on the device; how many clips it lacks; seconds of waiting."""
+    """A DataLoader's next batch, on the device; how many bad clips it replaced; s of waiting."""
     asked = time.perf_counter()
     batch = next(source)
     waited = time.perf_counter() - asked
@@ -388,7 +389,7 @@ def next_batch(source, device):
 
 
 def write_log(path, line, **values):
-    """A line on the console, a JSON object in log.jsonl; of two for a step the later counts."""
+    """A line on the console, a JSON object in log.jsonl; a resumed run repeats some steps."""
     if rank_and_size()[0] == 0:
         with open(path, "a") as file:
             file.write(json.dumps(values) + "\n")
@@ -428,7 +429,9 @@ def train(learner, samples, settings, about, validate, device):
                          f"not more than the {len(samples)} clips")
     steps_per_epoch = len(samples) // settings.batch
     steps = settings.steps or settings.epochs * steps_per_epoch
-    fast = torch.cuda.is_bf16_supported(False) if gpu else torch.cpu._is_avx512_bf16_supported()
+    fast = torch.cpu._is_avx512_bf16_supported()
+    if gpu:
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
     bf16 = settings.precision == "bf16" or settings.precision == "auto" and fast
     settings = replace(settings, precision="bf16" if bf16 else "fp32")
     learner.to(device).train()

@@ -179,7 +179,7 @@ def test_each_dataset_is_read_as_published(tmp_path, name):
         write(tmp_path / path, content)
     read, = read_split(name, tmp_path)
     assert read == replace(clip, audio=str(tmp_path / sound), start=read.start, end=read.end,
-                           split=read.split, numbers=read.numbers)
+                           split=read.split, audiocap_ids=read.audiocap_ids)
     if name == "audioset":
         assert data.labels_of([clip], tmp_path) == ["Speech", "Dog, barking"]
         labelled = data.add_labels([Clip(f"{IDS[1]}_9"), Clip(f"{IDS[2]}_9")], tmp_path)
