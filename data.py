@@ -235,13 +235,11 @@ def audio_windows(path, sample_rate, seconds):
             yield start / rate, (start + size) / rate, heard
             parts, begin = [wave], start  # the last window may begin before the next one
             start += size - size // 2
+    check_heard(path, end, rate, silent)
     wave = np.concatenate(parts)
     if start > 0:
         wave = wave[-size:]
-    else:
-        check_heard(path, len(wave), rate, silent)
     yield (end - len(wave)) / rate, end / rate, resample(path, wave, rate, sample_rate)
-    check_heard(path, end, rate, silent)
 
 
 # -------------------------------------------------------------------------------- filterbanks
@@ -454,11 +452,9 @@ def table_of(name, folder, split):
 
 
 def read_text(path):
-    """A table's or an index's text. Raises FileNotFoundError, ValueError (not UTF-8)."""
-    try:
+    """A table's or an index's text."""
+    with reading(path, "text in UTF-8"):
         return Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not text in UTF-8 ({error}); save it as that") from None
 
 
 def read_table(path, make, need, header=True):
