@@ -295,6 +295,9 @@ def blank_audio_encoder(clip, frames, mels, stride):
     """The audio encoder with random weights, (B, 1, T, F) -> (B, D): VA-Rand's start (§4)."""
     # 1. patches overlap: their stride is below the kernel's size
     config = clip.visual.config | {"input_size": (frames, mels), "stride": stride, "channels": 1}
+    if max(stride) > config["patch"]:
+        raise ValueError(f"patches of {config['patch']}, {stride} apart: what lies between is not "
+                         f"heard; choose smaller --stride-time and --stride-mel")
     return VisionTransformer(**config)
 
 

@@ -437,7 +437,7 @@ SOURCES = {"audioset": "README.md, 'Datasets' (it comes as ids of videos); to tr
 
 def dataset_folder(place):
     """data/<place> for a dataset's name, else `place`. Raises FileNotFoundError (how to get it)."""
-    folder = Path("data") / place if place in SOURCES else Path(place)
+    folder = Path("data") / place if place in (*SOURCES, *TABLES) else Path(place)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder. "
                                 f"Get it: {SOURCES.get(place, 'README.md, Datasets')}")

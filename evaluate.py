@@ -167,7 +167,7 @@ def prepare(model, name, folder, kinds, need=(), split="test"):
     if "captions" in need and len(counts) > 1:
         raise ValueError(f"{folder}: each clip needs as many captions; these have {counts}")
     if "audio" in kinds and clips:  # who hears less than the paper does has another task
-        heard, whole = model.learner.front_end.seconds, SECONDS[name]
+        heard, whole = model.learner.front_end.seconds, SECONDS.get(name, 10)
         with suppress(Unreadable):
             whole = min(whole, len(load_audio(clips[0].audio, 16_000, whole)) / 16_000)
         if heard < whole - 0.01:
