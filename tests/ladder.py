@@ -115,9 +115,9 @@ def report(runs):
 
 def draw(runs, path):
     """Rows over metrics, the paper's beside the toy's, each divided by its own pivoting's."""
-    panels = (("audio->text R@1; paper: AudioCaps", "a2t_r1", "audiocaps", "no prompt", "a2t_r1"),
-              ("text->audio R@1; paper: AudioCaps", "t2a_r1", "audiocaps", "no prompt", "t2a_r1"),
-              ("labels with prompt; paper: ESC-50", "prompt", "esc50", "prompt", "accuracy"))
+    panels = (("audio->text R@1\n(paper: AudioCaps)", "a2t_r1", "audiocaps", "no prompt", "a2t_r1"),
+              ("text->audio R@1\n(paper: AudioCaps)", "t2a_r1", "audiocaps", "no prompt", "t2a_r1"),
+              ("labels with prompt\n(paper: ESC-50)", "prompt", "esc50", "prompt", "accuracy"))
     rows = [row for row in evaluate.PAPER if row in ROWS]
     at, pivoting = np.arange(len(rows)), rows.index("vip-AnT")
     figure, row_of_axes = figures.blank(10, 3.2, 1, 3, sharey=True)
@@ -128,9 +128,11 @@ def draw(runs, path):
         axes.barh(at + 0.2, paper / paper[pivoting], 0.4, label="paper", color=figures.FROZEN)
         axes.set(title=title, xscale="log", xlabel="relative to vip-AnT")
         axes.set_yticks(at, rows)
+        axes.set_xticks([0.1, 0.3, 1, 3, 10, 30], ["0.1", "0.3", "1", "3", "10", "30"])
+        axes.set_xlim(0.05, 50)
         axes.axvline(1, color="black", linewidth=0.8)
     axes.invert_yaxis()
-    axes.legend()
+    axes.legend(loc="upper right")
     figures.save(figure, path)
 
 
