@@ -343,11 +343,11 @@ def import_vipant(source, out, clip, packed):
 
 def main():
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", default=["ViT-B/32"])
+    parser.add_argument("what", nargs="*")
     parser.add_argument("--clip", default="ViT-B/32", help="that the authors' checkpoint chased")
     parser.add_argument("--vocab", help="path of CLIP's vocabulary")
     args = parser.parse_args()
-    name, *files = args.what
+    name, *files = args.what or [args.clip]
     if name in VIPANT:
         files += [f"{RELEASED}/{VIPANT[name]}", f"out/{name}/checkpoint.pt"]
     if len(files) != (2 if name in (*VIPANT, "import-vipant") else 0):

@@ -913,7 +913,9 @@ def extract(table, videos, out, sample_rate=FrontEnd.sample_rate, workers=2):
     if not indexes:
         raise ValueError(f"{videos}: no clip came out of it ({summary or 'no video there'}); the "
                          f"reasons are in {report}")
-    print(f"{summary}; index and reasons in {out}\nnext: python pretrain.py --data {out}")
+    print(f"{summary}; index and reasons in {out}")
+    if "train" in indexes:
+        print(f"next: python pretrain.py --data {out}")
 
 
 def log_mel_sums(clip, front_end):

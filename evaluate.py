@@ -28,8 +28,8 @@ from pathlib import Path
 
 from clip_load import digest, lengthen, unpack_clip
 from data import (AUDIO, VIDEO, Unreadable, audio_windows, dataset_folder, find_files, labels_of,
-                  load_audio, load_image, read_segments, read_split, run, SECONDS, table_of,
-                  write_whole)
+                  load_audio, load_image, read_segments, read_split, read_text, run, SECONDS,
+                  table_of, write_whole)
 from model import join_ranks, print0, rank_and_size
 from pretrain import (AudioLearner, audio_encoder_of, embed_all, load_checkpoint, open_chunk,
                       short_digest, top1_hits, unit)
@@ -382,8 +382,7 @@ def scaling(models, folder, target, out):
     (slope, intercept), r2 = np.polyfit(x, y, 1), np.corrcoef(x, y)[0, 1] ** 2
     at = (target - intercept) / slope if slope > 0 else math.inf
     line = f"{intercept:.1f} + {slope:.2f} · log2(pairs), R² {r2:.2f}, {target:g} % at 2^{at:.1f}"
-    print0(f"accuracy at {list(accuracies)} pairs:", *map(cell, y))
-    print0(line)
+    print0(f"accuracy at {list(accuracies)} pairs:", *map(cell, y), f"\n{line}")
     ends = np.array([*x, min(at, 30)])
     draw(out / "scaling.png", "zero-shot accuracy (%) over log2(gold pairs)",
          {"measured": (x, y), line: (ends, slope * ends + intercept)})
@@ -453,8 +452,8 @@ def place_of(path, start, end):
 
 def tag(model, heard, labels):
     """Print each window's five likeliest labels: a softmax at the learned temperature (Eq. 5)."""
-    if os.path.isfile(labels[0]):
-        labels = [line for line in Path(labels[0]).read_text().splitlines() if line.strip()]
+    if len(labels) == 1:  # a file, a label a line: one label alone would always be right
+        labels = [line for line in read_text(labels[0]).split("\n") if line.strip()]
     texts = model.embed_texts(labels, PROMPT)                                    # (K, D)
     for *place, feature in heard:
         shares = (model.scale * texts @ feature).softmax(0)                      # (K,)
@@ -499,7 +498,8 @@ def run_tasks(models, args, out):
     text = json.dumps(runs[0] | {"beside": runs[1:]}, indent=1)
     save(out / f"{args.task}.json", lambda part: Path(part).write_text(text))
     if args.task == "toy":
-        tell(runs[0]["row"], runs[0]["results"])
+        for one in runs:
+            tell(one["row"], one["results"])
         return
     for part, result in runs[0]["results"].items():
         with_part = [one for one in runs if part in one["results"]]

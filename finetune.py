@@ -194,6 +194,8 @@ def finetune_on_captions(settings, device):
     train(learner, AudioSamples(clips, targets, front_end, settings.seed), settings,
           about("finetune", clips, encoder, clip=checkpoint["clip"]),
           recall_on(folder, clip, tokenizer, device, settings.workers), device)
+    task = "toy" if settings.data == "toy" else "all"
+    print0(f"next: python evaluate.py --task {task} --checkpoint {out}/checkpoint.pt")
 
 
 # -------------------------------------------------------------------- labels: supervised heads

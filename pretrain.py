@@ -329,7 +329,8 @@ def check_input(samples):
     x = samples.front_end(some["wave"], some["length"])                          # (32, 1, T, F)
     if abs(x.mean()) > 0.7 or not 0.4 < x.std() < 2:
         print0(f"warning: the encoder's input has mean {x.mean():.2f} and std {x.std():.2f}, not 0 "
-               f"and 1. python data.py stats computes a dataset's --mean and --std")
+               f"and 1. A dataset's --mean and --std are computed by python data.py stats, with "
+               f"--data and the same --sample-rate, --mels and --frames")
 
 
 # -------------------------------------------------------------------------------- checkpoints
@@ -425,8 +426,8 @@ def train(learner, samples, settings, about, validate, device):
     path, log = Path(settings.out) / "checkpoint.pt", Path(settings.out) / "log.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     if settings.batch % size or not 0 < settings.batch <= len(samples):
-        raise ValueError(f"--batch {settings.batch}: must be a multiple of the {size} ranks, and "
-                         f"not more than the {len(samples)} clips")
+        raise ValueError(f"--batch {settings.batch}: choose one up to {len(samples)}, the number "
+                         f"of clips, that {size} rank(s) can share evenly")
     steps_per_epoch = len(samples) // settings.batch
     steps = settings.steps or settings.epochs * steps_per_epoch
     fast = torch.cpu._is_avx512_bf16_supported()
