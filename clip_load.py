@@ -296,7 +296,7 @@ def blank_audio_encoder(clip, frames, mels, stride):
     # 1. patches overlap: their stride is below the kernel's size
     config = clip.visual.config | {"input_size": (frames, mels), "stride": stride, "channels": 1}
     if max(stride) > config["patch"]:
-        print0(f"warning: patches of {config['patch']} lie {stride} apart, and what is between them "
+        print0(f"warning: patches of {config['patch']} lie {stride} apart; what is between them "
                f"is not heard; choose smaller --stride-time and --stride-mel")
     return VisionTransformer(**config)
 
