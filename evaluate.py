@@ -286,7 +286,7 @@ GC      27.7 78.0 34.3 79.7 11.1 40.5 11.8 41.0 10.2 39.0 10.3 37.2 69.5 64.2 71
 """
 PAPER = {line[:8].strip(): line[8:].split() for line in PAPER_TABLES.strip().split("\n")}
 PAPER_COLUMNS = {"audiocaps": 0, "clotho 18 s": 4, "clotho 10 s": 8, "esc50": 12, "us8k": 14,
-           "audioset": 16, "oracle": 0}
+                 "audioset": 16, "oracle": 0}
 
 
 def paper_of(row, part):

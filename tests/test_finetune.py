@@ -13,6 +13,10 @@ from model import VisionTransformer
 from pretrain import AudioSamples, load_checkpoint, parse
 
 
+def test_a_datasets_name_alone_chooses_no_head():
+    assert parse(Settings(), PRESETS, ["--source", "ac", "--data", "audioset"]).head == ""
+
+
 def test_halved_rates_by_hand():
     """Warm-up over 4 steps; halved after epoch 2 and again after step 30, 10 steps an epoch."""
     settings = replace(parse(Settings(), PRESETS, ["--head", "audioset", "--halve-epochs", "2"]),
