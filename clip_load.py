@@ -255,6 +255,11 @@ def digest(module):
     return sha256.hexdigest()[:16]
 
 
+def short_digest(*texts):
+    """16 hex digits that follow from texts."""
+    return hashlib.sha256("\n".join(texts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
 def pack_clip(clip, tokenizer):
     """What a checkpoint carries of CLIP; fp16 where that is exact. Raises ValueError (misfit)."""
     if tokenizer.vocab_size != clip.token_embedding.num_embeddings:

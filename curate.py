@@ -18,13 +18,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from clip_load import Tokenizer, find_clip, find_vocabulary, load_clip
+from clip_load import Tokenizer, find_clip, find_vocabulary, load_clip, short_digest
 from data import (add_labels, dataset_folder, read_coco_captions, read_segments,
                   read_split, run, write_whole)
 from evaluate import PROMPT
 from model import barrier, join_ranks, print0, rank_and_size
 from pretrain import (CHUNK, TOY, Training, frame_bank, in_chunks, open_chunk, parse, setting,
-                      short_digest, text_bank, training_clips)
+                      text_bank, training_clips)
 
 import numpy as np
 import torch

@@ -26,13 +26,13 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from clip_load import digest, lengthen, unpack_clip
+from clip_load import digest, lengthen, short_digest, unpack_clip
 from data import (AUDIO, VIDEO, Unreadable, audio_windows, dataset_folder, find_files, labels_of,
                   load_audio, load_image, read_segments, read_split, read_text, run, SECONDS,
                   table_of, write_whole)
-from model import join_ranks, print0, rank_and_size
+from model import join_ranks, print0, rank_and_size, unit
 from pretrain import (AudioLearner, audio_encoder_of, embed_all, load_checkpoint, open_chunk,
-                      short_digest, top1_hits, unit)
+                      top1_hits)
 
 import numpy as np
 import torch

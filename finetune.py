@@ -15,14 +15,14 @@ import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from clip_load import audio_encoder_from_clip, digest, find_clip, load_clip, unpack_clip
+from clip_load import (audio_encoder_from_clip, digest, find_clip, load_clip, short_digest,
+                       unpack_clip)
 from curate import PAPER_PAIRS, PROMPTS, folder_of, gold_clips
 from data import FrontEnd, dataset_folder, labels_of, read_index, read_split, run, write_whole
 from evaluate import average_precision, retrieval_metrics
-from model import VisionTransformer, join_ranks, print0, rank_and_size
+from model import VisionTransformer, join_ranks, print0, rank_and_size, unit
 from pretrain import (AudioLearner, AudioSamples, Bank, Training, audio_encoder_of, check_input,
-                      frame_bank, load_checkpoint, parse, setting, short_digest, text_bank,
-                      train, unit)
+                      frame_bank, load_checkpoint, parse, setting, text_bank, train)
 
 import numpy as np
 import torch

@@ -227,14 +227,18 @@ class CLIP(nn.Module):
 
 
 # --------------------------------------------------------------------------------------- loss
+def unit(features):
+    """(B, D) -> the same directions with length 1, float32."""
+    return F.normalize(features.float(), dim=1)
+
+
 def info_nce(a, b, log_scale):
     """InfoNCE both ways (Eq. 1) with the *global* batch as negatives -> ().
 
     a, b: (B, D) features of this rank's B pairs, of any length; log_scale: () log(1/temperature).
     Averaged over ranks, as DDP does with gradients, it is one process's loss of the whole batch.
     """
-    a = F.normalize(a.float(), dim=1)                                            # (B, D)
-    b = F.normalize(b.float(), dim=1)                                            # (B, D)
+    a, b = unit(a), unit(b)                                                      # (B, D)
     scale = log_scale.exp()  # s(a, b) = cos(a, b) / temperature
     pair = torch.arange(len(a), device=a.device) + rank_and_size()[0] * len(a)   # (B,) partners
     logits_a = scale * a @ gather(b).T                                           # (B, ranks·B)

@@ -11,7 +11,6 @@ is an audio encoder that chases rows of an array: `train`, which serves every st
 B  clips on this rank   N  clips   M  rows of a bank   D  embedding   T, F  frames and mel bins
 """
 import argparse
-import hashlib
 import json
 import os
 import subprocess
@@ -23,16 +22,15 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 from clip_load import (Tokenizer, audio_encoder_from_clip, blank_audio_encoder, check_zip, digest,
-                       find_clip, find_vocabulary, load_clip, pack_clip)
+                       find_clip, find_vocabulary, load_clip, pack_clip, short_digest)
 from data import (FrontEnd, Remember, Unreadable, dataset_folder, held_out_by_audiocaps, load_image,
                   loader, make_toy, mask, read_index, read_split, reading, run, write_whole)
 from model import (CLIP, LARS, LOG_SCALE, VisionTransformer, barrier, info_nce, join_ranks,
-                   parameter_groups, print0, rank_and_size, schedule)
+                   parameter_groups, print0, rank_and_size, schedule, unit)
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset, default_collate
@@ -170,23 +168,13 @@ def embed(items, read, encode, dimensions, workers=0):
 def embed_all(items, read, encode, dimensions, device, workers=0):
     """The same in memory, shared by the ranks and the same on each -> (N, D) on the CPU."""
     rank, size = rank_and_size()
+    parts = embed(items[rank::size], read, encode, dimensions, workers)
+    mine = np.concatenate([np.zeros((0, dimensions), np.float32), *parts])
     features = torch.zeros(len(items), dimensions, device=device)
-    for at, part in enumerate(embed(items[rank::size], read, encode, dimensions, workers)):
-        rows = torch.arange(len(part)) + 128 * at  # of this rank's share
-        features[rank + size * rows] = torch.from_numpy(part).to(device)
+    features[rank::size] = torch.from_numpy(mine).to(device)
     if size > 1:
         dist.all_reduce(features)  # a sum: one rank made a row, the others left it 0
     return features.cpu()
-
-
-def unit(features):
-    """(B, D) -> the same directions with length 1, float32."""
-    return F.normalize(features.float(), dim=1)
-
-
-def short_digest(*texts):
-    """16 hex digits that follow from texts."""
-    return hashlib.sha256("\n".join(texts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def embed_to_disk(folder, kind, names, items, read, encode, clip, workers=0):
@@ -298,14 +286,15 @@ class AudioSamples(Dataset):
 
     def __getitem__(self, key):
         epoch, i = key
-        reason = ""
         for offset in range(min(100, len(self))):  # the next one steps in for a bad one
             rng = np.random.default_rng((self.seed, epoch, i))
             try:
-                return self.read((i + offset) % len(self), rng) | {"skipped": reason}
+                return self.read((i + offset) % len(self), rng) | {"skipped": offset > 0}
             except Unreadable as error:
-                reason = reason or str(error)
-        raise ValueError(f"no clip can be read, for example {reason}")
+                reason = f"skipped: {error}"
+            if offset == 0:
+                print(reason, file=sys.stderr, flush=True)
+        raise ValueError(f"no clip can be read; {reason}")
 
 
 def batches(count, batch, seed, start, steps):
@@ -377,18 +366,6 @@ def resume(path, learner, optimizer, settings, about):
 
 
 # ----------------------------------------------------------------------------------- the loop
-def next_batch(source, device):
-    """A DataLoader's next batch, on the device; how many bad clips it replaced; s of waiting."""
-    asked = time.perf_counter()
-    batch = next(source)
-    waited = time.perf_counter() - asked
-    reasons = [reason for reason in batch.pop("skipped") if reason]
-    for reason in reasons:
-        print(f"skipped: {reason}", file=sys.stderr)
-    batch = {name: part.to(device, non_blocking=True) for name, part in batch.items()}
-    return batch, len(reasons), waited
-
-
 def write_log(path, line, **values):
     """A line on the console, a JSON object in log.jsonl; a resumed run repeats some steps."""
     if rank_and_size()[0] == 0:
@@ -430,19 +407,16 @@ def train(learner, samples, settings, about, validate, device):
                          f"of clips, that {size} rank(s) can share evenly")
     steps_per_epoch = len(samples) // settings.batch
     steps = settings.steps or settings.epochs * steps_per_epoch
-    fast = torch.cpu._is_avx512_bf16_supported()
-    if gpu:
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    cpu_is_fast = torch.cpu._is_avx512_bf16_supported()
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if gpu else cpu_is_fast
     bf16 = settings.precision == "bf16" or settings.precision == "auto" and fast
     settings = replace(settings, precision="bf16" if bf16 else "fp32")
     learner.to(device).train()
     optimizer = make_optimizer(learner, settings)
     start = resume(path, learner, optimizer, settings, about)
-    for module in learner.modules():
-        module.recompute = settings.recompute
-        compiles = settings.compile == "yes" or settings.compile == "auto" and gpu
-        if compiles and isinstance(module, VisionTransformer):
-            module.compile()
+    learner.audio_encoder.transformer.recompute = settings.recompute
+    if settings.compile == "yes" or settings.compile == "auto" and gpu:
+        learner.audio_encoder.compile()
     model = DistributedDataParallel(learner) if size > 1 else learner
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     with autocast:
@@ -462,8 +436,11 @@ def train(learner, samples, settings, about, validate, device):
         # batch
         if (step - 1) % steps_per_epoch == 0:
             skipped = 0
-        batch, bad, waited = next_batch(source, device)
-        skipped, waiting = skipped + bad, waiting + waited
+        asked = time.perf_counter()
+        batch = next(source)
+        waiting += time.perf_counter() - asked
+        skipped += batch.pop("skipped").sum().item()
+        batch = {name: part.to(device, non_blocking=True) for name, part in batch.items()}
         # step
         with autocast:
             features = model(batch)
@@ -518,9 +495,8 @@ def top1_hits(queries, gallery, labels):
     queries, gallery: (N, D) unit vectors of the same N clips; labels: N tuples. Returns each
     query's precision, 0 or 1 (N,), and its recall, a hit's share of the relevant clips (N,).
     """
-    sets = [frozenset(each) for each in labels]
-    number = {each: k for k, each in enumerate(dict.fromkeys(sets))}
-    kind = torch.tensor([number[each] for each in sets])                         # (N,)
+    sets = ["\n".join(sorted(set(each))) for each in labels]
+    kind = torch.from_numpy(np.unique(sets, return_inverse=True)[1])             # (N,)
     best = torch.cat([(part @ gallery.T).argmax(1) for part in queries.split(1024)])  # (N,)
     hit = (kind[best] == kind).float()
     return hit, hit / torch.bincount(kind)[kind]

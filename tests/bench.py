@@ -160,8 +160,8 @@ def bench_tokenizer(count=2000):
 
 # --------------------------------------------------------------------------------------- mining
 def bench_mining(frames, captions, device):
-    images = pretrain.unit(torch.randn(frames, 512)).to(device)
-    texts = pretrain.unit(torch.randn(captions, 512)).to(device)
+    images = model.unit(torch.randn(frames, 512)).to(device)
+    texts = model.unit(torch.randn(captions, 512)).to(device)
 
     def product():
         for start in range(0, captions, curate.CHUNK):
