@@ -28,8 +28,8 @@ from pathlib import Path
 
 from clip_load import digest, lengthen, unpack_clip
 from data import (AUDIO, VIDEO, Unreadable, audio_windows, dataset_folder, find_files, labels_of,
-                  load_audio, load_image, read_segments, read_split, read_text, run, SECONDS,
-                  table_of, write_whole)
+                  load_audio, load_image, read_segments, read_split, read_text, run, table_of,
+                  write_whole)
 from model import join_ranks, print0, rank_and_size
 from pretrain import (AudioLearner, audio_encoder_of, embed_all, load_checkpoint, open_chunk,
                       short_digest, top1_hits, unit)
@@ -167,9 +167,9 @@ def prepare(model, name, folder, kinds, need=(), split="test"):
     if "captions" in need and len(counts) > 1:
         raise ValueError(f"{folder}: each clip needs as many captions; these have {counts}")
     if "audio" in kinds and clips:  # who hears less than the paper does has another task
-        heard, whole = model.learner.front_end.seconds, SECONDS.get(name, 10)
+        heard, whole = model.learner.front_end.seconds, 10
         with suppress(Unreadable):
-            whole = min(whole, len(load_audio(clips[0].audio, 16_000, whole)) / 16_000)
+            whole = len(load_audio(clips[0].audio, 16_000, whole)) / 16_000
         if heard < whole - 0.01:
             raise ValueError(f"{model.name} hears {heard:.1f} s, {name} counts {whole:.1f} s; "
                              f"needed: pretrain.py --frames {100 * whole:.0f}")
