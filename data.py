@@ -15,7 +15,6 @@ os.environ.setdefault("KMP_BLOCKTIME", "1")      # read when torch loads it (on 
 import argparse
 import csv
 import ctypes
-import glob
 import gzip
 import hashlib
 import io
@@ -449,29 +448,28 @@ def read_text(path):
 def read_table(path, make):
     """make({column: field}) for each row of a publisher's CSV, fields stripped -> list.
 
-    Raises ValueError (a column that make misses, a field too many or empty: line, what is there).
+    Raises Unreadable: file, line and what is there of a row whose columns or fields do not fit.
     """
-    text, columns, made, fields = read_text(path), None, [], []
-    if text.startswith("#"):  # AudioSet's, which has comments instead of a header
-        columns = ["youtube_id", "start_time", "end_time", "positive_labels"]
-    elif Path(path).name.startswith("vggsound"):
-        columns = ["youtube_id", "start_time", "label", "split"]
+    text, columns, made = read_text(path), None, []
     delimiter = max(",;\t", key=text.partition("\n")[0].count)
-    lines = csv.reader(io.StringIO(text), skipinitialspace=True, delimiter=delimiter)
-    try:
-        for fields in lines:
-            fields = [field.strip() for field in fields]
-            if columns is None:
-                columns = [field.lower() for field in fields]
-            elif any(fields) and not (text[0] == "#" and fields[0].startswith("#")):
-                if len(fields) != len(columns) or not all(fields):
-                    raise ValueError("needed is a field for each column, commas in quotes")
-                made.append(make(dict(zip(columns, fields))))
-    except (ValueError, KeyError, csv.Error) as error:
-        raise ValueError(f"{path}:{lines.line_num}: {type(error).__name__}: {error}; columns are "
-                         f"{columns}, fields {fields}") from None
-    if not made:
-        raise ValueError(f"{path}: no rows in it")
+    if text.startswith("#"):  # AudioSet's, with comments for a header
+        columns = ("youtube_id", "start_time", "end_time", "positive_labels")
+        text = re.sub("(?m)^#.*", "", text)
+    elif Path(path).name.startswith("vggsound"):
+        columns = ("youtube_id", "start_time", "label", "split")
+    rows = csv.DictReader(io.StringIO(text), columns, "surplus", delimiter=delimiter,
+                          skipinitialspace=True)
+    with reading(path, "table"):
+        for row in rows:
+            if not any(row.values()):  # as spreadsheets leave them
+                continue
+            with reading(f"{path}:{rows.line_num}", f"row as published in {row}"):
+                if "surplus" in row or not all(row.values()):
+                    raise ValueError("each column needs a field, none empty, commas in quotes")
+                row = {column.strip().lower(): field.strip() for column, field in row.items()}
+                made.append(make(row))
+        if not made:
+            raise ValueError("no rows in it")
     return made
 
 
@@ -578,42 +576,47 @@ def read_coco_captions(folder, split):
 
 
 # AudioSet, AudioCaps and VGGSound come as YouTube's ids; what is on disk is named after them.
-def segment_of(video, start=0.0, end=0.0, split=""):
+def segment_of(video, start=0.0, end=0.0, split="", **rest):
     """A stretch of a video, in s -> Clip, not yet on disk."""
-    return Clip(f"{video}_{round(start, 3):g}", start=start, end=end, split=split)
+    return Clip(f"{video}_{round(start, 3):g}", start=start, end=end, split=split, **rest)
+
+
+def segment_of_row(row, names):
+    """A row of AudioSet's, VGGSound's or AudioCaps' table -> Clip. names: AudioSet's classes."""
+    video, start = row["youtube_id"], float(row["start_time"])
+    end = float(row.get("end_time", start + 10))
+    if not (re.fullmatch(r"[\w-]{11}", video, re.ASCII) and 0 <= start < end):
+        raise ValueError("needed are the id of a YouTube video and a start before its end")
+    if "label" in row:  # VGGSound
+        return segment_of(video, start, end, row["split"], labels=(row["label"],))
+    if "positive_labels" in row:  # AudioSet
+        mids = row["positive_labels"].split(",")
+        return segment_of(video, start, end, labels=tuple(names.get(mid, mid) for mid in mids))
+    return segment_of(video, start, end, captions=(" ".join(row["caption"].split()),),
+                      audiocap_ids=(row.get("audiocap_id"),))
 
 
 def read_segments(path):
     """AudioSet's tables, VGGSound's or AudioCaps' -> list of Clip, without files."""
-    names, clips = class_names(Path(path).parent), {}
-
-    def add(row):
-        video, start = row["youtube_id"], float(row["start_time"])
-        end = float(row.get("end_time", start + 10))
-        if not (re.fullmatch(r"[\w-]{11}", video, re.ASCII) and 0 <= start < end):
-            raise ValueError("needed are the id of a YouTube video and a start before its end")
-        clip = segment_of(video, start, end, row.get("split", ""))
-        clip = clips.get(clip.id, clip)
-        if "label" in row:  # VGGSound
-            clip = replace(clip, labels=(row["label"],))
-        elif "positive_labels" in row:  # AudioSet
-            mids = row["positive_labels"].split(",")
-            clip = replace(clip, labels=tuple(names.get(mid, mid) for mid in mids))
-        else:  # AudioCaps, a row a caption
-            captions = (*clip.captions, " ".join(row["caption"].split()))
-            audiocap_ids = (*clip.audiocap_ids, row.get("audiocap_id"))
-            clip = replace(clip, captions=captions, audiocap_ids=audiocap_ids)
-        clips[clip.id] = clip
-
-    read_table(path, add)
+    clips = {}
+    for new in read_table(path, partial(segment_of_row, names=class_names(Path(path).parent))):
+        clip = clips.setdefault(new.id, new)
+        if clip is not new:  # AudioCaps has a row a caption
+            clips[clip.id] = replace(clip, captions=clip.captions + new.captions,
+                                     audiocap_ids=clip.audiocap_ids + new.audiocap_ids)
     return list(clips.values())
 
 
 def find_files(folder, endings):
     """Files below a folder with one of these endings, links followed -> paths, videos last."""
-    names = glob.glob("**/*", root_dir=folder, recursive=True)  # none that begins with a dot
-    paths = [os.path.join(folder, name) for name in names if name.lower().endswith(endings)]
-    return sorted(paths, key=lambda path: (path.lower().endswith(VIDEO), path))
+    found, seen = [], {}
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if seen.setdefault(os.path.realpath(place), place) != place:  # a link that leads back up
+            folders.clear()
+            continue
+        found += [os.path.join(place, name) for name in names
+                  if name.lower().endswith(endings) and not name.startswith(".")]
+    return sorted(found, key=lambda path: (path.lower().endswith(VIDEO), path))
 
 
 def with_files(segments, paths):
@@ -667,16 +670,14 @@ def add_labels(clips, folder):
 def held_out_by_audiocaps(tables, folder):
     """The videos that AudioCaps, whose tables are in `tables`, tests: they must not train -> set.
 
-    Raises FileNotFoundError where they are missing and `folder` holds AudioSet's or VGGSound's;
-    one's own videos have none to fear.
+    Raises FileNotFoundError (no tables, and `folder` is AudioSet's or VGGSound's, not one's own).
     """
     val, test = Path(tables) / "val.csv", Path(tables) / "test.csv"
     if val.exists() and test.exists():
         return {segment.video for segment in read_segments(val) + read_segments(test)}
-    for table in TABLES["audioset"] + TABLES["vggsound"]:
-        if (Path(folder) / table).exists():
-            raise FileNotFoundError(f"{tables}: no val.csv and test.csv of AudioCaps, whose clips "
-                                    f"are to be left out of training. {GET_IT}; or --leave-out none")
+    if any((Path(folder) / table).exists() for table in (*TABLES["audioset"], "vggsound.csv")):
+        raise FileNotFoundError(f"{tables}: no val.csv and test.csv of AudioCaps, whose clips are "
+                                f"to be left out of training; or --leave-out none. {GET_IT}")
     return set()
 
 
