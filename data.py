@@ -419,8 +419,7 @@ TABLES = {  # dataset -> its publisher's table of each split
     "clotho": ("clotho_captions_development.csv", "clotho_captions_validation.csv",
                "clotho_captions_evaluation.csv"),
     "esc50": ("meta/esc50.csv",) * 3,
-    "us8k": ("metadata/UrbanSound8K.csv",) * 3,
-}
+    "us8k": ("metadata/UrbanSound8K.csv",) * 3}
 GET_IT = "Get it: README.md, 'Datasets'; or to try without a download: python data.py toy"
 
 
@@ -446,10 +445,7 @@ def read_text(path):
 
 
 def read_table(path, make):
-    """make({column: field}) for each row of a publisher's CSV, fields stripped -> list.
-
-    Raises Unreadable: file, line and what is there of a row whose columns or fields do not fit.
-    """
+    """make({column: field}) for each row of a publisher's CSV -> list. Raises Unreadable."""
     text, columns, made = read_text(path), None, []
     delimiter = max(",;\t", key=text.partition("\n")[0].count)
     if text.startswith("#"):  # AudioSet's, with comments for a header
@@ -494,9 +490,9 @@ def inside(folder, name):
 
 
 def read_index(path, need=()):
-    """An index, one JSON object a line -> list of Clip. The authors' lines are read, too.
+    """An index, a JSON object a line, ours or the authors' -> list of Clip. Raises Unreadable.
 
-    need: keys that every line must have besides "id". Raises ValueError (file, line, what it has).
+    need: keys that every line must have besides "id".
     """
     path, clips = Path(path), {}
     names = class_names(path.parent)
@@ -507,7 +503,7 @@ def read_index(path, need=()):
                 if clips.setdefault(clip.id, clip) is not clip:
                     raise ValueError(f"a second clip with the id {clip.id}")
     if not clips:
-        raise ValueError(f"{path}: no clips in it")
+        raise Unreadable(f"{path}: no clips in it")
     return list(clips.values())
 
 
@@ -543,26 +539,49 @@ def read_split(name, folder, split="test", need=()):
     table = table_of(name, folder, split)
     if not table.exists():
         raise FileNotFoundError(f"{folder}: neither {index.name} nor {table.name} in it. {GET_IT}")
-    if name in ("clotho", "esc50", "us8k"):
-        return read_table(table, partial(clip_with_file, name=name, table=table))
-    clips = [clip for clip in read_segments(table) if clip.split in ("", split)]
+    clips = [clip for clip in read_published(table) if clip.split in ("", split)]
+    if any(clip.audio for clip in clips):  # which their table names
+        return clips
     found = with_files(clips, find_files(table.parent, AUDIO))
     return [replace(clip, audio=files[0][1]) if files else clip for clip, files in found]
 
 
-def clip_with_file(row, name, table):
-    """A row of Clotho's, ESC-50's or UrbanSound8K's table, which names its sound -> Clip."""
-    if name == "clotho":
+def read_published(path):
+    """A publisher's table -> list of Clip; those out of YouTube's videos have no files yet."""
+    path, clips = Path(path), {}
+    for new in read_table(path, partial(clip_of_row, table=path, names=class_names(path.parent))):
+        clip = clips.setdefault(new.id, new)
+        if clip is not new:  # AudioCaps has a row a caption
+            clips[clip.id] = replace(clip, captions=clip.captions + new.captions,
+                                     audiocap_ids=clip.audiocap_ids + new.audiocap_ids)
+    return list(clips.values())
+
+
+def clip_of_row(row, table, names):
+    """A row of a publisher's table, with AudioSet's class names, -> Clip. Raises ValueError."""
+    if "file_name" in row:  # Clotho
         sound, sounds = row["file_name"], table.stem.removeprefix("clotho_captions_")
         captions = tuple(row[f"caption_{i}"] for i in range(1, 6))
         return Clip(sound, inside(table.parent / sounds, sound), captions=captions)
-    if name == "us8k":
-        sound, label, sounds = row["slice_file_name"], row["class"], f"audio/fold{row['fold']}"
-    else:
-        sound, label, sounds = row["filename"], row["category"], "audio"
-    return Clip(sound, inside(table.parent.parent / sounds, sound),
-                labels=(label.replace("_", " "),), fold=int(row["fold"]),
-                easy=row.get("esc10") == "True")
+    if "fold" in row:
+        if "slice_file_name" in row:  # UrbanSound8K
+            sound, label, sounds = row["slice_file_name"], row["class"], f"audio/fold{row['fold']}"
+        else:  # ESC-50
+            sound, label, sounds = row["filename"], row["category"], "audio"
+        return Clip(sound, inside(table.parent.parent / sounds, sound),
+                    labels=(label.replace("_", " "),), fold=int(row["fold"]),
+                    easy=row.get("esc10") == "True")
+    video, start = row["youtube_id"], float(row["start_time"])
+    end = float(row.get("end_time", start + 10))
+    if not (re.fullmatch(r"[\w-]{11}", video, re.ASCII) and 0 <= start < end):
+        raise ValueError("needed are the id of a YouTube video and a start before its end")
+    if "label" in row:  # VGGSound
+        return segment_of(video, start, end, row["split"], labels=(row["label"],))
+    if "positive_labels" in row:  # AudioSet
+        mids = row["positive_labels"].split(",")
+        return segment_of(video, start, end, labels=tuple(names.get(mid, mid) for mid in mids))
+    return segment_of(video, start, end, captions=(" ".join(row["caption"].split()),),
+                      audiocap_ids=(row.get("audiocap_id"),))
 
 
 def read_coco_captions(folder, split):
@@ -579,32 +598,6 @@ def read_coco_captions(folder, split):
 def segment_of(video, start=0.0, end=0.0, split="", **rest):
     """A stretch of a video, in s -> Clip, not yet on disk."""
     return Clip(f"{video}_{round(start, 3):g}", start=start, end=end, split=split, **rest)
-
-
-def segment_of_row(row, names):
-    """A row of AudioSet's, VGGSound's or AudioCaps' table -> Clip. names: AudioSet's classes."""
-    video, start = row["youtube_id"], float(row["start_time"])
-    end = float(row.get("end_time", start + 10))
-    if not (re.fullmatch(r"[\w-]{11}", video, re.ASCII) and 0 <= start < end):
-        raise ValueError("needed are the id of a YouTube video and a start before its end")
-    if "label" in row:  # VGGSound
-        return segment_of(video, start, end, row["split"], labels=(row["label"],))
-    if "positive_labels" in row:  # AudioSet
-        mids = row["positive_labels"].split(",")
-        return segment_of(video, start, end, labels=tuple(names.get(mid, mid) for mid in mids))
-    return segment_of(video, start, end, captions=(" ".join(row["caption"].split()),),
-                      audiocap_ids=(row.get("audiocap_id"),))
-
-
-def read_segments(path):
-    """AudioSet's tables, VGGSound's or AudioCaps' -> list of Clip, without files."""
-    clips = {}
-    for new in read_table(path, partial(segment_of_row, names=class_names(Path(path).parent))):
-        clip = clips.setdefault(new.id, new)
-        if clip is not new:  # AudioCaps has a row a caption
-            clips[clip.id] = replace(clip, captions=clip.captions + new.captions,
-                                     audiocap_ids=clip.audiocap_ids + new.audiocap_ids)
-    return list(clips.values())
 
 
 def find_files(folder, endings):
@@ -644,9 +637,9 @@ def with_files(segments, paths):
 def class_names(folder):
     """AudioSet's classes {mid: name}, in the order of its table; {} where `folder` lacks that."""
     table = Path(folder) / "class_labels_indices.csv"
-    if not table.exists():
-        return {}
-    return dict(read_table(table, lambda row: (row["mid"], row["display_name"])))
+    if table.exists():
+        return dict(read_table(table, lambda row: (row["mid"], row["display_name"])))
+    return {}
 
 
 def labels_of(clips, folder):
@@ -662,7 +655,7 @@ def add_labels(clips, folder):
     """AudioCaps' clips with the labels that AudioSet, whose tables are in `folder`, gives them."""
     labels = {}
     for table in Path(folder).glob("*_segments.csv"):
-        for segment in read_segments(table):
+        for segment in read_published(table):
             labels[segment.video] = segment.labels
     return [replace(clip, labels=labels.get(clip.id[:11], clip.labels)) for clip in clips]
 
@@ -674,7 +667,7 @@ def held_out_by_audiocaps(tables, folder):
     """
     val, test = Path(tables) / "val.csv", Path(tables) / "test.csv"
     if val.exists() and test.exists():
-        return {segment.video for segment in read_segments(val) + read_segments(test)}
+        return {segment.video for segment in read_published(val) + read_published(test)}
     if any((Path(folder) / table).exists() for table in (*TABLES["audioset"], "vggsound.csv")):
         raise FileNotFoundError(f"{tables}: no val.csv and test.csv of AudioCaps, whose clips are "
                                 f"to be left out of training; or --leave-out none. {GET_IT}")
@@ -845,7 +838,7 @@ def extract(table, videos, out, sample_rate=FrontEnd.sample_rate, workers=2):
     out.mkdir(parents=True, exist_ok=True)
     jobs = own_videos(videos)
     if table:
-        jobs = with_files(read_segments(table), find_files(videos, AUDIO + VIDEO))
+        jobs = with_files(read_published(table), find_files(videos, AUDIO + VIDEO))
     clips, cut = [], partial(cut_clips, out=out, sample_rate=sample_rate)
     for pieces in tqdm(in_processes(cut, jobs, workers), unit=" videos"):
         clips += pieces
@@ -1112,8 +1105,8 @@ def main():
     else:
         name = args.data if args.data in TABLES else "audioset"
         clips = read_split(name, dataset_folder(args.data), "train")
-        statistics([clip for clip in clips if clip.audio],
-                   FrontEnd(args.sample_rate, args.mels, args.frames), args.workers)
+        front_end = FrontEnd(args.sample_rate, args.mels, args.frames)
+        statistics([clip for clip in clips if clip.audio], front_end, args.workers)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from clip_load import digest, lengthen, unpack_clip
 from data import (AUDIO, VIDEO, Unreadable, audio_windows, dataset_folder, find_files, labels_of,
-                  load_audio, load_image, read_segments, read_split, read_text, run, table_of,
+                  load_audio, load_image, read_published, read_split, read_text, run, table_of,
                   write_whole)
 from model import join_ranks, print0, rank_and_size
 from pretrain import (AudioLearner, audio_encoder_of, embed_all, load_checkpoint, open_chunk,
@@ -161,7 +161,7 @@ def prepare(model, name, folder, kinds, need=(), split="test"):
     gone = {clip.id for clip in set(listed) - set(clips)}
     if table.exists() and name in ("audioset", "audiocaps"):  # an index lacks what was not found
         indexed = {clip.id[:11] for clip in listed}  # YouTube's ids
-        gone |= {row.id for row in read_segments(table) if row.video not in indexed}
+        gone |= {row.id for row in read_published(table) if row.video not in indexed}
     model.missing |= gone
     counts = {len(clip.captions): clip.id for clip in clips}
     if "captions" in need and len(counts) > 1:

@@ -365,7 +365,7 @@ def test_damaged_files_end_in_a_clear_error(tmp_path, world):
                (videos, lambda path: data.cut_frames(path, [1, 2])),
                (videos, lambda path: data.cut_audio(path, 1, 2, RATE)),
                (sorted((world / "frames").iterdir()), data.load_image),
-               ([world / "test.jsonl"], read_index), ([tmp_path / "x.csv"], data.read_segments)]
+               ([world / "test.jsonl"], read_index), ([tmp_path / "x.csv"], data.read_published)]
     rng, refused = random.Random(0), 0
     for i in range(300):
         paths, read = readers[i % len(readers)]
