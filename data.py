@@ -490,10 +490,7 @@ def inside(folder, name):
 
 
 def read_index(path, need=()):
-    """An index, a JSON object a line, ours or the authors' -> list of Clip. Raises Unreadable.
-
-    need: keys that every line must have besides "id".
-    """
+    """Lines of an index, each with the keys in `need` -> list of Clip. Raises Unreadable."""
     path, clips = Path(path), {}
     names = class_names(path.parent)
     for number, line in enumerate(read_text(path).split("\n"), 1):
@@ -518,9 +515,9 @@ def clip_of(row, folder, names, need):
     if "dir" in row:  # the authors' form
         for key, kind in (("audio", "aclip"), ("frames", "frame")):
             lists[key] = [f"{row['dir']}/{kind}/{row['id']}.{ending}" for ending in lists[kind]]
-    missing = [key for key in need if not lists[key]]
-    if missing or row.get("id") in (None, ""):
-        raise ValueError(f"lacks {', '.join(missing or ['id'])}; has {', '.join(sorted(row))}")
+    missing = [key for key in ("id", *need) if lists.get(key, row.get(key)) in (None, "", [])]
+    if missing:
+        raise ValueError(f"lacks {', '.join(missing)}; has {', '.join(sorted(row))}")
     audio = inside(folder, lists["audio"][0]) if lists["audio"] else ""
     frames = tuple(inside(folder, frame) for frame in lists["frames"])
     labels = tuple(names.get(label, label) for label in lists["labels"])
@@ -661,14 +658,12 @@ def add_labels(clips, folder):
 
 
 def held_out_by_audiocaps(tables, folder):
-    """The videos that AudioCaps, whose tables are in `tables`, tests: they must not train -> set.
-
-    Raises FileNotFoundError (no tables, and `folder` is AudioSet's or VGGSound's, not one's own).
-    """
+    """Videos that AudioCaps tests, which must not train -> set. Raises FileNotFoundError."""
     val, test = Path(tables) / "val.csv", Path(tables) / "test.csv"
     if val.exists() and test.exists():
         return {segment.video for segment in read_published(val) + read_published(test)}
-    if any((Path(folder) / table).exists() for table in (*TABLES["audioset"], "vggsound.csv")):
+    youtubes = (*TABLES["audioset"], *TABLES["vggsound"])  # one's own videos have none to fear
+    if any((Path(folder) / table).exists() for table in youtubes):
         raise FileNotFoundError(f"{tables}: no val.csv and test.csv of AudioCaps, whose clips are "
                                 f"to be left out of training; or --leave-out none. {GET_IT}")
     return set()
