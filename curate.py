@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clip_load import Tokenizer, find_clip, find_vocabulary, load_clip, short_digest
-from data import (add_labels, dataset_folder, read_coco_captions, read_segments,
-                  read_split, run, write_whole)
+from data import (add_labels, dataset_folder, read_coco_captions, read_published, read_split, run,
+                  write_whole)
 from evaluate import PROMPT
 from model import barrier, join_ranks, print0, rank_and_size
 from pretrain import (CHUNK, TOY, Training, frame_bank, in_chunks, open_chunk, parse, setting,
@@ -68,7 +68,7 @@ def caption_pool(source, folder, out):
     if files:
         lines = files[0].read_text(encoding="utf-8").splitlines()
     elif source == "ac":  # the captions alone: whose they are is not looked at
-        listed = read_segments(dataset_folder("audiocaps") / "train.csv")
+        listed = read_published(dataset_folder("audiocaps") / "train.csv")
         listed += read_split("clotho", dataset_folder("clotho"), "train")
         lines = [caption for each in listed for caption in each.captions]
     elif source == "vc":

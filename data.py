@@ -26,7 +26,7 @@ import signal
 import sys
 import time
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -365,8 +365,6 @@ def preprocess_image(image, size=224):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     image = image.convert("RGB")
     short = min(image.size)
-    if max(image.size) > 100 * short:
-        raise ValueError(f"{image.width}×{image.height} pixels are no picture")
     width, height = (int(size * side / short) for side in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = round((width - size) / 2), round((height - size) / 2)
@@ -408,10 +406,10 @@ class Clip:
         return self.frames[:2][-1]
 
 
-AUDIO = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".m4a", ".aac", ".aif", ".aiff", ".aifc",
-         ".wma", ".mka", ".au", ".caf", ".w64", ".amr", ".ac3", ".mp2", ".weba", ".spx")
-VIDEO = (".mp4", ".m4v", ".mkv", ".webm", ".mov", ".avi", ".flv", ".f4v", ".3gp", ".3g2", ".ts",
-         ".m2ts", ".mts", ".mpg", ".mpeg", ".vob", ".wmv", ".asf", ".ogv", ".qt")
+AUDIO = tuple(".wav .flac .ogg .oga .opus .mp3 .m4a .aac .aif .aiff .aifc .wma .mka .au .caf .w64 "
+              ".amr .ac3 .mp2 .weba .spx".split())
+VIDEO = tuple(".mp4 .m4v .mkv .webm .mov .avi .flv .f4v .3gp .3g2 .ts .m2ts .mts .mpg .mpeg .vob "
+              ".wmv .asf .ogv .qt".split())
 SPLITS = ("train", "val", "test")
 TABLES = {  # dataset -> its publisher's table of each split
     "audioset": ("unbalanced_train_segments.csv", "balanced_train_segments.csv",
@@ -421,34 +419,23 @@ TABLES = {  # dataset -> its publisher's table of each split
     "clotho": ("clotho_captions_development.csv", "clotho_captions_validation.csv",
                "clotho_captions_evaluation.csv"),
     "esc50": ("meta/esc50.csv",) * 3,
-    "us8k": ("metadata/UrbanSound8K.csv",) * 3,
-}
-SECONDS = {"audioset": 10, "audiocaps": 10, "vggsound": 10, "clotho": 10, "esc50": 5, "us8k": 4}
-SOURCES = {"audioset": "README.md, 'Datasets' (it comes as ids of videos); to try without any "
-                       "download: python pretrain.py --data toy",
-           "audiocaps": "https://github.com/cdjkim/audiocaps",
-           "vggsound": "https://huggingface.co/datasets/Loie/VGGSound, then data.py extract",
-           "clotho": "https://zenodo.org/records/4783391",
-           "esc50": "https://github.com/karolpiczak/ESC-50",
-           "us8k": "https://urbansounddataset.weebly.com",
-           "mscoco": "annotations_trainval2014.zip of https://cocodataset.org",
-           "toy": "python data.py toy"}
+    "us8k": ("metadata/UrbanSound8K.csv",) * 3}
+GET_IT = "Get it: README.md, 'Datasets'; or to try without a download: python data.py toy"
 
 
 def dataset_folder(place):
     """data/<place> for a dataset's name, else `place`. Raises FileNotFoundError (how to get it)."""
-    folder = Path("data") / place if place in (*SOURCES, *TABLES) else Path(place)
+    folder = Path("data") / place if place in (*TABLES, "mscoco", "toy") else Path(place)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder. "
-                                f"Get it: {SOURCES.get(place, 'README.md, Datasets')}")
+        raise FileNotFoundError(f"{folder}: no such folder. {GET_IT}")
     return folder
 
 
 def table_of(name, folder, split):
-    """Path of the publisher's table of a split."""
-    unpacked = Path(folder) / "UrbanSound8K"
-    folder = unpacked if name == "us8k" and unpacked.is_dir() else Path(folder)
-    return folder / TABLES[name][SPLITS.index(split)]
+    """Path of the publisher's table of a split; UrbanSound8K may be as it was unpacked."""
+    table = TABLES[name][SPLITS.index(split)]
+    unpacked = Path(folder) / "UrbanSound8K" / table
+    return unpacked if unpacked.exists() else Path(folder) / table
 
 
 def read_text(path):
@@ -457,39 +444,34 @@ def read_text(path):
         return Path(path).read_text(encoding="utf-8-sig")
 
 
-def read_table(path, make, need, header=True):
-    """make({column: field}) for each row of a CSV, fields stripped -> list.
-
-    need: columns that must be there; all that are, where the file has no header. No field may be
-    empty. Raises FileNotFoundError, ValueError (file, line, what was found instead).
-    """
-    text, columns, made, fields = read_text(path), None if header else need, [], []
-    lines = csv.reader(io.StringIO(text), skipinitialspace=True,
-                       delimiter=max(",;\t", key=text.partition("\n")[0].count))
-    try:
-        for fields in lines:
-            fields = [field.strip() for field in fields]
-            if not any(fields) or not header and fields[0].startswith("#"):
+def read_table(path, make):
+    """make({column: field}) for each row of a publisher's CSV -> list. Raises Unreadable."""
+    text, columns, made = read_text(path), None, []
+    delimiter = max(",;\t", key=text.partition("\n")[0].count)
+    if text.startswith("#"):  # AudioSet's, with comments for a header
+        columns = ("youtube_id", "start_time", "end_time", "positive_labels")
+        text = re.sub("(?m)^#.*", "", text)
+    elif Path(path).name.startswith("vggsound"):
+        columns = ("youtube_id", "start_time", "label", "split")
+    rows = csv.DictReader(io.StringIO(text), columns, "surplus", delimiter=delimiter,
+                          skipinitialspace=True)
+    with reading(path, "table"):
+        for row in rows:
+            if not any(row.values()):  # as spreadsheets leave them
                 continue
-            if columns is None:
-                columns = [field.lower() for field in fields]
-                if not set(need) <= set(columns):
-                    raise ValueError(f"needed are {', '.join(need)}")
-            elif len(fields) == len(columns) and all(fields):
-                made.append(make(dict(zip(columns, fields))))
-            else:
-                raise ValueError(f"needed are {', '.join(columns)}, none empty, commas in quotes")
-    except (ValueError, csv.Error) as error:
-        raise ValueError(f"{path}:{lines.line_num}: {error}; there are {fields}") from None
-    if not made:
-        raise ValueError(f"{path}: no rows in it")
+            with reading(f"{path}:{rows.line_num}", f"row as published in {row}"):
+                if "surplus" in row or not all(row.values()):
+                    raise ValueError("each column needs a field, none empty, commas in quotes")
+                row = {column.strip().lower(): field.strip() for column, field in row.items()}
+                made.append(make(row))
+        if not made:
+            raise ValueError("no rows in it")
     return made
 
 
 def spelling(name):
-    """A file's name, the same for NFC and NFD, endings of any case, any number of blanks."""
-    stem, ending = os.path.splitext(" ".join(name.split()))
-    return unicodedata.normalize("NFC", stem) + ending.lower()
+    """A file's name, the same for NFC and NFD, in any case, with any number of blanks."""
+    return " ".join(unicodedata.normalize("NFC", name).lower().split())
 
 
 @cache
@@ -501,58 +483,46 @@ def spellings(folder):
 def inside(folder, name):
     """Path of a file below a folder, however a table spells it."""
     path = os.path.join(folder, name.replace("\\", "/"))
-    parent, base = os.path.split(path)
     if os.path.exists(path):
         return path
+    parent, base = os.path.split(path)
     return os.path.join(parent, spellings(parent).get(spelling(base), base))
 
 
 def read_index(path, need=()):
-    """An index, one JSON object a line -> list of Clip. The authors' lines are read, too.
-
-    need: keys that every line must have besides "id". Raises FileNotFoundError, ValueError.
-    """
+    """Lines of an index, each with the keys in `need` -> list of Clip. Raises Unreadable."""
     path, clips = Path(path), {}
     names = class_names(path.parent)
     for number, line in enumerate(read_text(path).split("\n"), 1):
-        try:
-            if line.strip():
+        if line.strip():
+            with reading(f"{path}:{number}", "JSON object of a clip"):
                 clip = clip_of(json.loads(line), path.parent, names, need)
                 if clips.setdefault(clip.id, clip) is not clip:
                     raise ValueError(f"a second clip with the id {clip.id}")
-        except (ValueError, TypeError, RecursionError) as error:  # json's is a ValueError
-            raise ValueError(f"{path}:{number}: not a clip's JSON object: {error}") from None
     if not clips:
-        raise ValueError(f"{path}: no clips in it")
+        raise Unreadable(f"{path}: no clips in it")
     return list(clips.values())
 
 
 def clip_of(row, folder, names, need):
     """A line of the index in `folder` -> Clip. Raises ValueError."""
-    if not isinstance(row, dict):
-        raise ValueError("each line is one {…}")
     lists = {}
     for key in ("audio", "frames", "labels", "captions", "aclip", "frame"):
         value = row.get(key) or []
         lists[key] = [value] if isinstance(value, str) else value
-        if not isinstance(lists[key], list) or not all(isinstance(x, str) for x in lists[key]):
+        if not all(isinstance(text, str) for text in lists[key]):
             raise ValueError(f"{key} must be a list of strings")
     if "dir" in row:  # the authors' form
-        place = f"{row['dir']}/{{}}/{row.get('id')}.{{}}"
-        lists["audio"] = [place.format("aclip", ending) for ending in lists["aclip"]]
-        lists["frames"] = [place.format("frame", ending) for ending in lists["frame"]]
-    missing = [key for key in need if not lists[key]]
-    if missing or row.get("id") in (None, ""):
-        raise ValueError(f"lacks {', '.join(missing or ['id'])}; has {', '.join(sorted(row))}")
+        for key, kind in (("audio", "aclip"), ("frames", "frame")):
+            lists[key] = [f"{row['dir']}/{kind}/{row['id']}.{ending}" for ending in lists[kind]]
+    missing = [key for key in ("id", *need) if lists.get(key, row.get(key)) in (None, "", [])]
+    if missing:
+        raise ValueError(f"lacks {', '.join(missing)}; has {', '.join(sorted(row))}")
     audio = inside(folder, lists["audio"][0]) if lists["audio"] else ""
     frames = tuple(inside(folder, frame) for frame in lists["frames"])
     labels = tuple(names.get(label, label) for label in lists["labels"])
     return Clip(str(row["id"]), audio, frames, labels, tuple(lists["captions"]),
-                int(row.get("fold") or 0))
-
-
-COLUMNS = {"clotho": ("file_name", *(f"caption_{i}" for i in range(1, 6))),
-           "esc50": ("filename", "category", "fold"), "us8k": ("slice_file_name", "class", "fold")}
+                int(row.get("fold", 0)))
 
 
 def read_split(name, folder, split="test", need=()):
@@ -560,31 +530,55 @@ def read_split(name, folder, split="test", need=()):
 
     need: keys that an index's lines must have. Raises FileNotFoundError, ValueError.
     """
-    folder = Path(folder)
-    index = folder / f"{split}.jsonl"
+    index = Path(folder) / f"{split}.jsonl"
     if index.exists():
         return read_index(index, need)
-    table = table_of(name, folder, split) if name in TABLES else index
+    table = table_of(name, folder, split)
     if not table.exists():
-        raise FileNotFoundError(f"{folder}: neither {index.name} nor {table.name} is there. "
-                                f"Get it: {SOURCES.get(name, 'README.md, Datasets')}")
-    if name not in COLUMNS:
-        clips = [clip for clip in read_segments(table) if clip.split in ("", split)]
-        found = with_files(clips, find_files(table.parent, AUDIO))
-        return [replace(clip, audio=files[0][1]) if files else clip for clip, files in found]
+        raise FileNotFoundError(f"{folder}: neither {index.name} nor {table.name} in it. {GET_IT}")
+    clips = [clip for clip in read_published(table) if clip.split in ("", split)]
+    if any(clip.audio for clip in clips):  # which their table names
+        return clips
+    found = with_files(clips, find_files(table.parent, AUDIO))
+    return [replace(clip, audio=files[0][1]) if files else clip for clip, files in found]
 
-    def clip_of_row(row):
-        sound = row[COLUMNS[name][0]]
-        if name == "clotho":
-            captions = tuple(row[column] for column in COLUMNS[name][1:])
-            sounds = folder / table.stem.removeprefix("clotho_captions_")
-            return Clip(sound, inside(sounds, sound), captions=captions)
-        sounds = table.parent.parent / "audio" / (f"fold{row['fold']}" if name == "us8k" else "")
-        label = row[COLUMNS[name][1]].replace("_", " ")
-        return Clip(sound, inside(sounds, sound), labels=(label,), fold=int(row["fold"]),
+
+def read_published(path):
+    """A publisher's table -> list of Clip; those out of YouTube's videos have no files yet."""
+    path, clips = Path(path), {}
+    for new in read_table(path, partial(clip_of_row, table=path, names=class_names(path.parent))):
+        clip = clips.setdefault(new.id, new)
+        if clip is not new:  # AudioCaps has a row a caption
+            clips[clip.id] = replace(clip, captions=clip.captions + new.captions,
+                                     audiocap_ids=clip.audiocap_ids + new.audiocap_ids)
+    return list(clips.values())
+
+
+def clip_of_row(row, table, names):
+    """A row of a publisher's table, with AudioSet's class names, -> Clip. Raises ValueError."""
+    if "file_name" in row:  # Clotho
+        sound, sounds = row["file_name"], table.stem.removeprefix("clotho_captions_")
+        captions = tuple(row[f"caption_{i}"] for i in range(1, 6))
+        return Clip(sound, inside(table.parent / sounds, sound), captions=captions)
+    if "fold" in row:
+        if "slice_file_name" in row:  # UrbanSound8K
+            sound, label, sounds = row["slice_file_name"], row["class"], f"audio/fold{row['fold']}"
+        else:  # ESC-50
+            sound, label, sounds = row["filename"], row["category"], "audio"
+        return Clip(sound, inside(table.parent.parent / sounds, sound),
+                    labels=(label.replace("_", " "),), fold=int(row["fold"]),
                     easy=row.get("esc10") == "True")
-
-    return read_table(table, clip_of_row, COLUMNS[name])
+    video, start = row["youtube_id"], float(row["start_time"])
+    end = float(row.get("end_time", start + 10))
+    if not (re.fullmatch(r"[\w-]{11}", video, re.ASCII) and 0 <= start < end):
+        raise ValueError("needed are the id of a YouTube video and a start before its end")
+    if "label" in row:  # VGGSound
+        return segment_of(video, start, end, row["split"], labels=(row["label"],))
+    if "positive_labels" in row:  # AudioSet
+        mids = [mid.strip() for mid in row["positive_labels"].split(",")]
+        return segment_of(video, start, end, labels=tuple(names.get(mid, mid) for mid in mids))
+    return segment_of(video, start, end, captions=(" ".join(row["caption"].split()),),
+                      audiocap_ids=(row.get("audiocap_id"),))
 
 
 def read_coco_captions(folder, split):
@@ -594,58 +588,25 @@ def read_coco_captions(folder, split):
         with reading(path, "captions as MSCOCO's"):
             rows = json.loads(read_text(path))["annotations"]
             return [" ".join(row["caption"].split()) for row in rows]
-    raise FileNotFoundError(f"{folder}: no {name} in it. Get it: {SOURCES['mscoco']}")
+    raise FileNotFoundError(f"{folder}: no {name} in it. {GET_IT}")
 
 
 # AudioSet, AudioCaps and VGGSound come as YouTube's ids; what is on disk is named after them.
-def segment_of(video, start=0.0, end=0.0, split="", labels=()):
+def segment_of(video, start=0.0, end=0.0, split="", **rest):
     """A stretch of a video, in s -> Clip, not yet on disk."""
-    return Clip(f"{video}_{round(start, 3):g}", labels=labels, start=start, end=end, split=split)
-
-
-def read_segments(path):
-    """AudioSet's tables (which begin with #), VGGSound's, AudioCaps' -> list of Clip, no files."""
-    names, clips = class_names(Path(path).parent), {}
-    columns = ("youtube_id", "start_time", "caption")
-    if Path(path).name.startswith("vggsound"):
-        columns = ("youtube_id", "start_time", "label", "split")
-    elif read_text(path).startswith("#"):
-        columns = ("youtube_id", "start_time", "end_time", "positive_labels")
-
-    def add(row):
-        video, start = row["youtube_id"], float(row["start_time"])
-        end = float(row.get("end_time", start + 10))
-        if not re.fullmatch(r"[\w-]{11}", video, re.ASCII):
-            raise ValueError(f"{video!r} is no id of a YouTube video")
-        if not (start >= 0 and 0.025 <= end - start <= 3600):
-            raise ValueError(f"{start:g} to {end:g} s is no stretch to cut out")
-        labels = (row["label"],) if "label" in row else ()
-        if "positive_labels" in row:
-            mids = [mid.strip() for mid in row["positive_labels"].split(",")]
-            labels = tuple(names.get(mid, mid) for mid in mids)
-        clip = segment_of(video, start, end, row.get("split", ""), labels)
-        clip = clips.get(clip.id, clip)
-        if "caption" in row:  # AudioCaps, a row a caption
-            captions = (*clip.captions, " ".join(row["caption"].split()))
-            audiocap_ids = (*clip.audiocap_ids, row.get("audiocap_id"))
-            clip = replace(clip, captions=captions, audiocap_ids=audiocap_ids)
-        clips[clip.id] = clip
-
-    read_table(path, add, columns, header="caption" in columns)
-    return list(clips.values())
+    return Clip(f"{video}_{round(start, 3):g}", start=start, end=end, split=split, **rest)
 
 
 def find_files(folder, endings):
-    """Files below a folder with one of these endings, links followed -> sorted list of paths."""
-    found, seen = [], set()
+    """Files below a folder with one of these endings, links followed -> paths, videos last."""
+    found, seen = [], {}
     for place, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(place) in seen:  # a link that leads back up
+        if seen.setdefault(os.path.realpath(place), place) != place:  # a link that leads back up
             folders.clear()
             continue
-        seen.add(os.path.realpath(place))
         found += [os.path.join(place, name) for name in names
                   if name.lower().endswith(endings) and not name.startswith(".")]
-    return sorted(found)
+    return sorted(found, key=lambda path: (path.lower().endswith(VIDEO), path))
 
 
 def with_files(segments, paths):
@@ -654,10 +615,10 @@ def with_files(segments, paths):
     A file's name is AudioCaps' own number, or holds the video's id (Y{id}, Title [{id}], ...), then
     perhaps the second or millisecond that it begins at; else it is the whole video.
     """
-    named, found = {}, {}
+    named, found = defaultdict(list), defaultdict(list)
     for segment in segments:
         for name in (segment.video, *segment.audiocap_ids):
-            named.setdefault(name, []).append(segment)
+            named[name].append(segment)
     for path in paths:
         stem = os.path.splitext(os.path.basename(path))[0]
         for at in range(max(1, len(stem) - 10)):
@@ -665,21 +626,17 @@ def with_files(segments, paths):
                 start = re.match(r"\]?[ _.,-]*(\d+)", stem[at + 11:])
                 begins_there = bool(start) or len(stem) < 11
                 if not start or int(start[1]) in (int(segment.start), int(1000 * segment.start)):
-                    found.setdefault(segment.id, set()).add((begins_there, path))
-
-    def rank(file):
-        return not file[0], file[1].lower().endswith(VIDEO), file[1]
-
-    return [(segment, sorted(found.get(segment.id, ()), key=rank)) for segment in segments]
+                    found[segment.id].append((begins_there, path))
+    return [(segment, sorted(found[segment.id], key=lambda file: not file[0]))
+            for segment in segments]
 
 
 def class_names(folder):
     """AudioSet's classes {mid: name}, in the order of its table; {} where `folder` lacks that."""
     table = Path(folder) / "class_labels_indices.csv"
-    if not table.exists():
-        return {}
-    columns = ("index", "mid", "display_name")
-    return dict(read_table(table, lambda row: (row["mid"], row["display_name"]), columns))
+    if table.exists():
+        return dict(read_table(table, lambda row: (row["mid"], row["display_name"])))
+    return {}
 
 
 def labels_of(clips, folder):
@@ -694,27 +651,21 @@ def labels_of(clips, folder):
 def add_labels(clips, folder):
     """AudioCaps' clips with the labels that AudioSet, whose tables are in `folder`, gives them."""
     labels = {}
-    for table in TABLES["audioset"]:
-        if (Path(folder) / table).exists():
-            for segment in read_segments(Path(folder) / table):
-                labels[segment.video] = segment.labels
+    for table in Path(folder).glob("*_segments.csv"):
+        for segment in read_published(table):
+            labels[segment.video] = segment.labels
     return [replace(clip, labels=labels.get(clip.id[:11], clip.labels)) for clip in clips]
 
 
 def held_out_by_audiocaps(tables, folder):
-    """The videos that AudioCaps, whose tables are in `tables`, tests: they must not train -> set.
-
-    Where they are missing, `folder` is refused if it is AudioSet's or VGGSound's (it holds their
-    tables); one's own videos have none to fear.
-    """
-    paths = [Path(tables) / "val.csv", Path(tables) / "test.csv"]
-    if all(path.exists() for path in paths):
-        return {segment.video for path in paths for segment in read_segments(path)}
-    for table in TABLES["audioset"] + TABLES["vggsound"]:
-        if (Path(folder) / table).exists():
-            raise FileNotFoundError(f"{tables}: no val.csv and test.csv of AudioCaps, whose clips "
-                                    f"are to be left out of training. Get them: "
-                                    f"{SOURCES['audiocaps']}; or --leave-out none")
+    """Videos that AudioCaps tests, which must not train -> set. Raises FileNotFoundError."""
+    val, test = Path(tables) / "val.csv", Path(tables) / "test.csv"
+    if val.exists() and test.exists():
+        return {segment.video for segment in read_published(val) + read_published(test)}
+    youtubes = (*TABLES["audioset"], *TABLES["vggsound"])  # one's own videos have none to fear
+    if any((Path(folder) / table).exists() for table in youtubes):
+        raise FileNotFoundError(f"{tables}: no val.csv and test.csv of AudioCaps, whose clips are "
+                                f"to be left out of training; or --leave-out none. {GET_IT}")
     return set()
 
 
@@ -882,7 +833,7 @@ def extract(table, videos, out, sample_rate=FrontEnd.sample_rate, workers=2):
     out.mkdir(parents=True, exist_ok=True)
     jobs = own_videos(videos)
     if table:
-        jobs = with_files(read_segments(table), find_files(videos, AUDIO + VIDEO))
+        jobs = with_files(read_published(table), find_files(videos, AUDIO + VIDEO))
     clips, cut = [], partial(cut_clips, out=out, sample_rate=sample_rate)
     for pieces in tqdm(in_processes(cut, jobs, workers), unit=" videos"):
         clips += pieces
@@ -1149,8 +1100,8 @@ def main():
     else:
         name = args.data if args.data in TABLES else "audioset"
         clips = read_split(name, dataset_folder(args.data), "train")
-        statistics([clip for clip in clips if clip.audio],
-                   FrontEnd(args.sample_rate, args.mels, args.frames), args.workers)
+        front_end = FrontEnd(args.sample_rate, args.mels, args.frames)
+        statistics([clip for clip in clips if clip.audio], front_end, args.workers)
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ from pathlib import Path
 
 from clip_load import digest, lengthen, short_digest, unpack_clip
 from data import (AUDIO, VIDEO, Unreadable, audio_windows, dataset_folder, find_files, labels_of,
-                  load_audio, load_image, read_segments, read_split, read_text, run, SECONDS,
-                  table_of, write_whole)
+                  load_audio, load_image, read_published, read_split, read_text, run, table_of,
+                  write_whole)
 from model import join_ranks, print0, rank_and_size, unit
 from pretrain import (AudioLearner, audio_encoder_of, embed_all, load_checkpoint, open_chunk,
                       top1_hits)
@@ -161,15 +161,15 @@ def prepare(model, name, folder, kinds, need=(), split="test"):
     gone = {clip.id for clip in set(listed) - set(clips)}
     if table.exists() and name in ("audioset", "audiocaps"):  # an index lacks what was not found
         indexed = {clip.id[:11] for clip in listed}  # YouTube's ids
-        gone |= {row.id for row in read_segments(table) if row.video not in indexed}
+        gone |= {row.id for row in read_published(table) if row.video not in indexed}
     model.missing |= gone
     counts = {len(clip.captions): clip.id for clip in clips}
     if "captions" in need and len(counts) > 1:
         raise ValueError(f"{folder}: each clip needs as many captions; these have {counts}")
     if "audio" in kinds and clips:  # who hears less than the paper does has another task
-        heard, whole = model.learner.front_end.seconds, SECONDS.get(name, 10)
+        heard, whole = model.learner.front_end.seconds, 10
         with suppress(Unreadable):
-            whole = min(whole, len(load_audio(clips[0].audio, 16_000, whole)) / 16_000)
+            whole = len(load_audio(clips[0].audio, 16_000, whole)) / 16_000
         if heard < whole - 0.01:
             raise ValueError(f"{model.name} hears {heard:.1f} s, {name} counts {whole:.1f} s; "
                              f"needed: pretrain.py --frames {100 * whole:.0f}")
