@@ -695,6 +695,7 @@ FRAME_SIDE = 224  # pixels, the shorter side of a frame: CLIP sees no more
 
 def frames_from(path, kind, start, track=0):
     """A track's decoded frames from `start` or before on: yields (s from the beginning, frame)."""
+    for seek in (True, False):  # without, where after a seek nothing comes, or too late
         with opened(path, kind) as (file, streams):
             zero = (file.start_time or 0) / av.time_base
             if seek:
