@@ -39,6 +39,7 @@ import torch
 import torchaudio
 from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader
+from torchaudio.compliance import kaldi
 from tqdm import tqdm
 
 # ----------------------------------------------------------------------- errors and processes
@@ -90,7 +91,7 @@ def end_with_parent(_=None):
 
 
 def loader(items, workers, **options):
-    """A DataLoader whose worker processes (0: this one) end when this one does."""
+    """A DataLoader whose worker processes (0: this one works) end when this one does."""
     return DataLoader(items, num_workers=workers, worker_init_fn=end_with_parent, **options)
 
 
@@ -208,9 +209,7 @@ def audio_windows(path, sample_rate, seconds):
             yield start / rate, (start + size) / rate, window
             parts = [wave]  # all of it: the last window may begin before the next one
             start += size - size // 2
-    wave = np.concatenate(parts)
-    if start > 0:
-        wave = wave[-size:]
+    wave = np.concatenate(parts)[-size if start else 0:]
     yield (end - len(wave)) / rate, end / rate, heard(path, wave, rate, sample_rate, silent)
 
 
@@ -225,17 +224,10 @@ def window_and_mel_bins(sample_rate, mels, device):
     """Hanning window (25 ms,), FFT length, triangular mel bins (FFT bins, F) as Kaldi's."""
     length, _ = frame_length_and_shift(sample_rate)
     fft = 2 ** math.ceil(math.log2(length))
-    low = 1127 * math.log(1 + 20 / 700)                     # in mel; the bins reach from 20 Hz
-    high = 1127 * math.log(1 + sample_rate / 2 / 700)
-    width = (high - low) / (mels + 1)
-    edges = low + torch.arange(mels + 2) * width            # (F + 2,) float32, as Kaldi's
-    left, centre, right = edges[:-2], edges[1:-1], edges[2:]                     # (F,)
-    hertz = torch.arange(fft // 2 + 1) * (sample_rate / fft)
-    mel = 1127 * (1 + hertz / 700).log()[:, None]                                # (FFT bins, 1)
-    rising = (mel - left) / (centre - left)                                      # (FFT bins, F)
-    falling = (right - mel) / (right - centre)
-    triangles = torch.minimum(rising, falling).clamp(min=0)
-    return torch.hann_window(length, periodic=False, device=device), fft, triangles.to(device)
+    # from 20 Hz to half the rate; the last three numbers only count where voices are warped
+    triangles, _ = kaldi.get_mel_banks(mels, fft, sample_rate, 20.0, 0.0, 100.0, -500.0, 1.0)
+    mel_bins = torch.nn.functional.pad(triangles, (0, 1)).T.contiguous()         # (FFT bins, F)
+    return torch.hann_window(length, periodic=False, device=device), fft, mel_bins.to(device)
 
 
 def fbank(waves, sample_rate, mels=128):
@@ -689,8 +681,7 @@ def held_out_by_audiocaps(tables, folder):
 
 
 # ----------------------------------------------------------------------------- videos to clips
-SLACK = 0.5       # seconds that a video may lack: tables are in whole seconds, videos are not
-FRAME_SIDE = 224  # pixels, the shorter side of a frame: CLIP sees no more
+SLACK = 0.5  # seconds that a video may lack: tables are in whole seconds, videos are not
 
 
 def frames_from(path, kind, start, track=0):
@@ -753,15 +744,10 @@ def cut_frames(path, times):
         raise Unreadable(f"{path}: has no picture at {times[-1]:.1f} s")
     for frame in shown.values():
         image = frame.to_image().rotate(frame.rotation, expand=True)  # upright, as the file says
-        factor = min(1, FRAME_SIDE / min(image.size))
+        factor = min(1, 224 / min(image.size))
         size = [round(length * factor) for length in image.size]
         images.append(image.resize(size, Image.Resampling.BICUBIC))
     return images
-
-
-def by_hash(name):
-    """A digest of a name: an order that has nothing to do with its letters."""
-    return hashlib.sha256(os.fsencode(name)).hexdigest()
 
 
 def own_videos(folder):
@@ -769,9 +755,7 @@ def own_videos(folder):
     videos = {}
     for path in find_files(folder, AUDIO) + find_files(folder, VIDEO):
         name = re.sub(r"(\.f\d+)?\.\w+$", "", os.path.relpath(path, folder))  # yt-dlp's .f137
-        if len(os.fsencode(name)) > 200:  # for a clip's file name
-            name = by_hash(name)
-        videos.setdefault(name.replace("/", "_"), []).append((False, path))
+        videos.setdefault(name, []).append((False, path))
     return [(name, files) for name, files in videos.items() if files[-1][1].lower().endswith(VIDEO)]
 
 
@@ -779,6 +763,7 @@ def pieces_of(video):
     """One of own_videos in pieces of 10 s, a last one of 5 s or more -> [(Clip, files)]."""
     name, files = video
     length, pieces = 0.0, []
+    # of what can't be read one piece is left, whose cutting says why
     with suppress(Unreadable), opened(files[-1][1], "video") as (file, streams):
         for packet in file.demux(streams[0]):  # no header is believed
             if packet.pts is not None:
@@ -835,28 +820,29 @@ def extract(table, videos, out, sample_rate=FrontEnd.sample_rate, workers=2):
     else:
         pieces = in_processes(pieces_of, own_videos(videos), workers)
         jobs = list(itertools.chain.from_iterable(tqdm(pieces, "lengths", unit=" videos")))
-    rows, counts, report = [], Counter(), [("id", "status", "reason")]
+    rows, report = [], [("id", "status", "reason")]
     cut = in_processes(partial(cut_clip, out=out, sample_rate=sample_rate), jobs, workers)
     for (status, reason, row), (segment, _) in zip(tqdm(cut, unit=" clips"), jobs):
         report.append((segment.id, status, reason))
-        counts[status] += 1
         if row:
             rows.append((segment, row))
         if status == "unreadable":
             tqdm.write(f"skipped: {reason}", file=sys.stderr)
     with open(out / f"{stem}_report.csv", "w", newline="", errors="backslashreplace") as file:
         csv.writer(file).writerows(report)
-    # of a set without validation one video in fifty validates, chosen by its name; none of one
+    # of a set without validation one video in fifty validates, by its name's hash; none of one
     names = {segment.video for segment, row in rows if segment.split == "train" and row["frames"]}
-    val = set(sorted(names, key=by_hash)[:(len(names) + 48) // 50])
+    names = sorted(names, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
+    val = set(names[:(len(names) + 48) // 50])
     default = dict(zip(TABLES["audioset"], SPLITS)).get(f"{stem}.csv", stem)
     indexes = {}
     for segment, row in rows:
         split = "val" if segment.video in val else segment.split or default
-        line = json.dumps({key: value for key, value in row.items() if value}) + "\n"
-        indexes[split] = indexes.get(split, "") + line
+        row = {key: value for key, value in row.items() if value}
+        indexes.setdefault(split, []).append(json.dumps(row) + "\n")
     for split, lines in indexes.items():
-        write_whole(out / f"{split}.jsonl", partial(Path.write_text, data=lines))
+        write_whole(out / f"{split}.jsonl", partial(Path.write_text, data="".join(lines)))
+    counts = Counter(status for _, status, _ in report[1:])
     summary = ", ".join(f"{count} {status}" for status, count in counts.items())
     if not indexes:
         raise ValueError(f"{videos}: no clip came out of it ({summary or 'no video there'}); "
