@@ -762,13 +762,14 @@ def own_videos(folder):
 def pieces_of(video):
     """One of own_videos in pieces of 10 s, a last one of 5 s or more -> [(Clip, files)]."""
     name, files = video
-    length, pieces = 0.0, []
+    length, ends, pieces = 0.0, {}, []  # ends: of sound and of pictures; no header is believed
     # of what can't be read one piece is left, whose cutting says why
-    with suppress(Unreadable), opened(files[-1][1], "video") as (file, streams):
-        for packet in file.demux(streams[0]):  # no header is believed
-            if packet.pts is not None:
+    with suppress(Unreadable), opened(files[-1][1], "video") as (file, _):
+        for packet in file.demux():
+            if packet.pts is not None and packet.stream.type in ("audio", "video"):
                 end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
-                length = max(length, end - (file.start_time or 0) / av.time_base)
+                ends[packet.stream.type] = max(end, ends.get(packet.stream.type, 0.0))
+        length = min(ends.values()) - (file.start_time or 0) / av.time_base
     for start in range(0, max(1, int(length / 10 + 0.5)) * 10, 10):
         end = max(start + 5.0, min(start + 10.0, length))
         pieces.append((segment_of(name, start, end, "train"), files))
