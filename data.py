@@ -99,7 +99,7 @@ def end_with_parent(parent, worker):
 
 
 def loader(items, workers, **options):
-    """A DataLoader whose worker processes (0: this one) end when this one does."""
+    """A DataLoader whose worker processes (0: this one works) end when this one does."""
     return DataLoader(items, num_workers=workers,
                       worker_init_fn=partial(end_with_parent, os.getpid()), **options)
 
@@ -114,17 +114,12 @@ def in_processes(function, items, workers):
 def opened(path, kind):
     """A file and its streams of a kind, "audio" or "video"; a cover is no video."""
     with reading(path, f"readable {kind}"):
-        options = {"protocol_whitelist": "file"}  # a playlist leads to no network
-        if not is_whole_wav(path):
-            options["ignore_length"] = "1"  # a WAV is read to its end, whatever its header says
+        options = {} if is_whole_wav(path) else {"ignore_length": "1"}  # of a WAV
         with av.open(f"file:{path}", options=options, metadata_errors="ignore") as file:
-            streams = []
-            for stream in getattr(file.streams, kind):
-                cover = stream.disposition & av.stream.Disposition.attached_pic
-                if stream.codec_context and not cover:
-                    streams.append(stream)
+            cover = av.stream.Disposition.attached_pic
+            streams = [each for each in getattr(file.streams, kind) if not each.disposition & cover]
             if not streams:
-                raise Unreadable(f"{path}: has no {kind}")
+                raise ValueError("there is none")
             yield file, streams
 
 
@@ -158,14 +153,10 @@ def is_whole_wav(path):
 
 
 def sound_blocks(path):
-    """A sound file's first channel from beginning to end: yields (rate in Hz, (n,) float32).
-
-    libsndfile reads WAVs that know their length; FFmpeg decodes everything else to its end, and no
-    header's length is believed. Raises Unreadable.
-    """
+    """A sound file's first channel from beginning to end: yields (rate in Hz, (n,) float32)."""
     with reading(path, "readable audio"):
         if is_whole_wav(path):
-            with soundfile.SoundFile(path) as file:
+            with soundfile.SoundFile(path) as file:  # ten times as fast as FFmpeg
                 if file.subtype.startswith(("PCM", "FLOAT", "DOUBLE")):
                     for block in file.blocks(2 ** 16, dtype="float32", always_2d=True):
                         yield file.samplerate, block[:, 0]
@@ -175,33 +166,30 @@ def sound_blocks(path):
         for frame in decoded(file, streams[0]):
             rate, block = rate or frame.sample_rate, first_channel(frame)
             if frame.sample_rate != rate:  # two files in one, as `cat a.mp3 b.mp3` leaves them
-                block = resample(path, block, frame.sample_rate, rate).numpy()
+                block = torch.from_numpy(block)
+                block = torchaudio.functional.resample(block, frame.sample_rate, rate).numpy()
             yield rate, block
 
 
-def resample(path, wave, rate, new_rate):
-    """A stretch of a file's sound, array (S,), at another rate in Hz -> tensor in [-1, 1]."""
+def heard(path, wave, rate, new_rate, silent=False):
+    """A file's sound, array (S,), at another rate in Hz -> tensor in [-1, 1]. Raises Unreadable."""
     if not 1000 <= rate <= 1_000_000:
         raise Unreadable(f"{path}: says it has {rate} samples a second; is its header damaged?")
+    if len(wave) < 0.025 * rate:
+        raise Unreadable(f"{path}: {1000 * len(wave) / rate:.0f} ms of sound; needed are 25")
+    if silent:
+        raise Unreadable(f"{path}: its first channel, the one that is heard (§3.2.2), is silent")
     if not np.isfinite(wave).all():
         raise Unreadable(f"{path}: holds NaN or infinite samples")
-    wave = torch.from_numpy(wave.copy())
+    wave = torch.tensor(wave)
     if rate != new_rate:
         ratio = Fraction(new_rate, rate).limit_denominator(1000)  # the filter grows with its terms
         wave = torchaudio.functional.resample(wave, ratio.denominator, ratio.numerator)
     return wave.clamp(-1, 1)
 
 
-def check_heard(path, samples, rate, silent):
-    """Raises Unreadable where a file's first channel, of so many samples, can't be heard."""
-    if samples < 0.025 * rate:
-        raise Unreadable(f"{path}: {1000 * samples / rate:.0f} ms of sound; needed are 25")
-    if silent:
-        raise Unreadable(f"{path}: its first channel, the one that is heard (§3.2.2), is silent")
-
-
-def load_audio(path, sample_rate, seconds=None):
-    """First channel of a sound file, all or its first `seconds` -> (S,) float32 in [-1, 1].
+def load_audio(path, sample_rate, seconds=math.inf):
+    """First channel of a sound file, all or its first `seconds` and more -> (S,) in [-1, 1].
 
     Any format, rate and sample width; resampled to `sample_rate` Hz. Raises Unreadable.
     """
@@ -209,37 +197,32 @@ def load_audio(path, sample_rate, seconds=None):
     for rate, block in sound_blocks(path):
         blocks.append(block)
         length += len(block)
-        if seconds and length >= seconds * rate:
+        if length >= seconds * rate:
             break
-    wave = np.concatenate(blocks)[:math.ceil(seconds * rate) if seconds else None]   # (S,)
-    check_heard(path, len(wave), rate, silent=not np.diff(wave).any())
-    return resample(path, wave, rate, sample_rate)
+    wave = np.concatenate(blocks)                                                # (S,)
+    return heard(path, wave, rate, sample_rate, silent=not np.diff(wave).any())
 
 
 def audio_windows(path, sample_rate, seconds):
-    """A recording of any length in windows, read once: yields (start, end, waveform (S,)).
+    """A recording in windows, each half over the one before: yields (start, end, waveform (S,)).
 
-    Windows of `seconds`, each half over the one before; the last one ends where the file ends. What
-    is at most 2 % longer than a window is one. Raises Unreadable, at the end if all is silent.
+    The last one ends where the file ends. What is at most 2 % longer than a window is one.
     """
     parts, rate, silent = [np.zeros(0, np.float32)], sample_rate, True
-    begin, end, start = 0, 0, 0  # samples: of `parts`, and where the next window begins
+    start, end = 0, 0  # samples: where the next window begins, where `parts` end
     for rate, block in sound_blocks(path):
         parts.append(block)
         end += len(block)
         silent = silent and not np.diff(block).any()
-        size = max(1, round(seconds * rate))
+        size = round(seconds * rate)
         while end > start + 1.02 * size:
-            wave = np.concatenate(parts)[start - begin:]
-            heard = resample(path, wave[:size], rate, sample_rate)
-            yield start / rate, (start + size) / rate, heard
-            parts, begin = [wave], start  # the last window may begin before the next one
+            wave = np.concatenate(parts)[start - end:]
+            window = heard(path, wave[:size], rate, sample_rate)
+            yield start / rate, (start + size) / rate, window
+            parts = [wave]  # all of it: the last window may begin before the next one
             start += size - size // 2
-    check_heard(path, end, rate, silent)
-    wave = np.concatenate(parts)
-    if start > 0:
-        wave = wave[-size:]
-    yield (end - len(wave)) / rate, end / rate, resample(path, wave, rate, sample_rate)
+    wave = np.concatenate(parts)[-size if start else 0:]
+    yield (end - len(wave)) / rate, end / rate, heard(path, wave, rate, sample_rate, silent)
 
 
 # -------------------------------------------------------------------------------- filterbanks
@@ -670,227 +653,201 @@ def held_out_by_audiocaps(tables, folder):
 
 
 # ----------------------------------------------------------------------------- videos to clips
-SLACK = 0.5       # seconds that a video may lack: tables are in whole seconds, videos are not
-FRAME_SIDE = 224  # pixels, the shorter side of a frame: CLIP sees no more
+SLACK = 0.5  # seconds that a video may lack: tables are in whole seconds, videos are not
 
 
 def frames_from(path, kind, start, track=0):
-    """A track's decoded frames from `start` (s from the file's beginning) or before on.
-
-    Yields (seconds, frame). Seeks to before it; where nothing comes then, or too late, the file is
-    decoded from its beginning. Raises Unreadable.
-    """
-    for seek in (True, False):
+    """A track's decoded frames from `start` or before on: yields (s from the beginning, frame)."""
+    for seek in (True, False):  # without, where after a seek nothing comes, or too late
         with opened(path, kind) as (file, streams):
             zero = (file.start_time or 0) / av.time_base
             if seek:
                 with suppress(av.FFmpegError):  # of a file that can't be entered but at its start
                     # a second's run-up: for codecs, and because MPEG-TS is entered late
                     file.seek(max(0, int((start - 1 + zero) * av.time_base)))
-            frames = (frame for frame in decoded(file, streams[track]) if frame.time is not None)
+            frames = ((frame.time - zero, frame) for frame in decoded(file, streams[track])
+                      if frame.time is not None)
             if seek and kind == "video":  # what comes before a key frame is not whole
-                frames = itertools.dropwhile(lambda frame: not frame.key_frame, frames)
+                frames = itertools.dropwhile(lambda pair: not pair[1].key_frame, frames)
             first = next(frames, None)
-            if first and (first.time - zero <= start or not seek):
-                for frame in itertools.chain((first,), frames):
-                    yield frame.time - zero, frame
+            if first and (first[0] <= start or not seek):
+                yield first
+                yield from frames
                 return
 
 
 def cut_audio(path, start, end, sample_rate):
-    """First channel of `start` to `end` (s) of a video or sound file -> (S,) float32 tensor.
-
-    Of several sound tracks the first that is not silent. Raises Unreadable.
-    """
+    """`start` to `end` (s) of a file's sound, of the first track that is not silent -> (S,)."""
     with opened(path, "audio") as (_, streams):
         tracks = len(streams)
     for track in range(tracks):
-        blocks, rate, heard = [], sample_rate, -math.inf
+        blocks, until = [], -math.inf
         for seconds, frame in frames_from(path, "audio", start, track):
             if not blocks:
-                rate, size = frame.sample_rate, round((end - start) * frame.sample_rate)
-                at = max(-size, round((start - seconds) * rate))  # where the first block is entered
-                blocks.append(np.zeros(max(0, -at), np.float32))  # a track may set in late
+                begin, rate = seconds, frame.sample_rate
             blocks.append(first_channel(frame))
-            heard = seconds + len(blocks[-1]) / rate
-            if heard >= end:
+            until = seconds + len(blocks[-1]) / rate
+            if until >= end:
                 break
-        if heard < end - SLACK:
+        if until < end - SLACK:
             raise Unreadable(f"{path}: its sound ends before {end:g} s")
-        blocks.append(np.zeros(size, np.float32))  # for what it lacks
-        wave = np.concatenate(blocks)[max(0, at):][:size]                            # (S,)
+        size = round((end - start) * rate)
+        late = min(size, round((begin - start) * rate))  # samples; below 0 it begins before
+        # zeros where the track sets in late, and for what it lacks
+        wave = np.pad(np.concatenate(blocks), (max(0, late), size))[max(0, -late):][:size]
         if wave.any():
             break
-    check_heard(path, len(wave), rate, silent=not np.diff(wave).any())
-    return resample(path, wave, rate, sample_rate)
+    return heard(path, wave, rate, sample_rate, silent=not np.diff(wave).any())
 
 
 def cut_frames(path, times):
-    """The pictures shown at these times (s, ascending) -> list of PIL images, upright.
-
-    Raises Unreadable where one is missing; the first may be late, the last over, by SLACK.
-    """
-    images, last, until = [], None, 0.0
+    """The pictures shown at these times (s, ascending) -> PIL images, no larger than CLIP needs."""
+    shown, until, images = {}, -math.inf, []
     for seconds, frame in frames_from(path, "video", times[0]):
-        while seconds > times[len(images)] + 0.002:  # stamps may be in ms
-            if last is None and seconds > times[0] + SLACK:
-                raise Unreadable(f"{path}: its first picture comes at {seconds:.1f} s")
-            images.append(upright(last or frame))  # the last one is shown until this one
-            if len(images) == len(times):
-                return images
-        last, until = frame, seconds + max(SLACK, float((frame.duration or 0) * frame.time_base))
-    if times[-1] > until:
+        if not shown and seconds > times[0] + SLACK:
+            raise Unreadable(f"{path}: its first picture comes at {seconds:.1f} s")
+        for at in times:
+            if at not in shown or seconds <= at + 0.002:  # stamps may be in ms
+                shown[at] = frame
+        until = seconds + float((frame.duration or 0) * frame.time_base)
+        if seconds > times[-1]:
+            break
+    if times[-1] > until + SLACK:
         raise Unreadable(f"{path}: has no picture at {times[-1]:.1f} s")
-    return images + [upright(last)] * (len(times) - len(images))
-
-
-def upright(frame):
-    """A decoded picture, turned as its file says -> PIL image, no larger than CLIP needs it."""
-    image = frame.to_image().rotate(frame.rotation, expand=True)
-    factor = min(1, FRAME_SIDE / min(image.size))
-    size = [round(length * factor) for length in image.size]
-    return image.resize(size, Image.Resampling.BICUBIC)
+    for frame in shown.values():
+        image = frame.to_image().rotate(frame.rotation, expand=True)  # upright, as the file says
+        factor = min(1, 224 / min(image.size))
+        size = [round(length * factor) for length in image.size]
+        images.append(image.resize(size, Image.Resampling.BICUBIC))
+    return images
 
 
 def own_videos(folder):
-    """A folder's videos, after their sound if that is another file -> [(Clip, files)]."""
+    """A folder's videos, after their sound if that is another file -> [(name, files)]."""
     videos = {}
-    for path in find_files(folder, AUDIO) + find_files(folder, VIDEO):
+    for path in find_files(folder, AUDIO + VIDEO):
         name = re.sub(r"(\.f\d+)?\.\w+$", "", os.path.relpath(path, folder))  # yt-dlp's .f137
-        if len(os.fsencode(name)) > 200:  # for a clip's file name
-            name = f"{by_hash(name):x}"
-        videos.setdefault(name.replace("/", "_"), []).append((False, path))
-    return [(segment_of(name, split="train"), files) for name, files in videos.items()
-            if files[-1][1].lower().endswith(VIDEO)]
+        videos.setdefault(name, []).append((False, path))
+    return [(name, files) for name, files in videos.items() if files[-1][1].lower().endswith(VIDEO)]
 
 
-def pieces_of(segment, path):
-    """A user's own video in pieces of 10 s, a last one of 5 s or more -> list of Clip."""
-    if segment.end:
-        return [segment]  # of a table
-    length, pieces = 10.0, []  # of what can't be read, so that its piece says why
-    with suppress(Unreadable), opened(path, "video") as (file, _):
-        ends = {}  # of what is there, by kind; no header is believed
+def pieces_of(video):
+    """One of own_videos in pieces of 10 s, a last one of 5 s or more -> [(Clip, files)]."""
+    name, files = video
+    length, ends, pieces = 0.0, {}, []  # ends: of sound and of pictures; no header is believed
+    # of what can't be read one piece is left, whose cutting says why
+    with suppress(Unreadable), opened(files[-1][1], "video") as (file, _):
         for packet in file.demux():
-            if packet.pts is not None and packet.stream.type in ("video", "audio"):
+            if packet.pts is not None and packet.stream.type in ("audio", "video"):
                 end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
                 ends[packet.stream.type] = max(end, ends.get(packet.stream.type, 0.0))
         length = min(ends.values()) - (file.start_time or 0) / av.time_base
-    for start in range(0, max(1, int(length + 5) // 10) * 10, 10):
+    for start in range(0, max(1, int(length / 10 + 0.5)) * 10, 10):
         end = max(start + 5.0, min(start + 10.0, length))
-        pieces.append(segment_of(segment.video, start, end, segment.split))
+        pieces.append((segment_of(name, start, end, "train"), files))
     return pieces
 
 
-def cut_clips(job, out, sample_rate):
-    """Cut a (segment, its files), or its pieces, out: audio/xx/{id}.wav, frames/xx/{id}_1.jpg … 4.
+def cut_clip(job, out, sample_rate):
+    """Cut a (segment, its files) out: audio/xx/{id}.wav, frames/xx/{id}_1.jpg … 4.
 
-    Returns [(segment, status, reason, index row)]: done, no pictures, unreadable or missing.
+    Returns its status (done, no pictures, unreadable or missing), the reason, a line of the index.
     """
-    (whole, files), clips = job, []
-    for segment in pieces_of(whole, files[-1][1]) if files else [whole]:
-        place = f"{segment.video[:2]}/{segment.id}"  # 4,000 folders share two million clips
-        row = {"audio": f"audio/{place}.wav", "frames": []}
-        row["frames"] = [f"frames/{place}_{i}.jpg" for i in range(1, 5)]
-        wave, images, reasons = None, [], []
-        done = (out / row["frames"][-1]).exists()  # which is written last
-        for begins_there, path in [] if done else files:
-            start = 0.0 if begins_there else segment.start
-            end = start + segment.end - segment.start
-            try:
-                wave = cut_audio(path, start, end, sample_rate) if wave is None else wave
-                times = [start + i * (end - start) / 3 for i in range(4)]  # §3.2.2
-                images = images or cut_frames(path, times)
-            except Unreadable as error:
-                reasons.append(str(error))
-        if wave is not None:
-            write_whole(out / row["audio"], partial(soundfile.write, data=wave.numpy(),
-                                                    samplerate=sample_rate, subtype="PCM_16"))
-            for frame, image in zip(row["frames"], images):
-                write_whole(out / frame, partial(image.save, quality=95))
-        status, reasons = "done", [] if done or images else reasons
-        if not done and not images:
-            status = "no pictures" if wave is not None else "unreadable" if files else "missing"
-            row = {"audio": row["audio"]} if wave is not None else {}
-        clips.append((segment, status, "; ".join(reasons), row))
-    return clips
-
-
-def by_hash(name):
-    """A number that follows from a video's name alone."""
-    return int(hashlib.sha256(os.fsencode(name)).hexdigest(), 16)
+    segment, files = job
+    place = f"{segment.video[:2]}/{segment.id}"  # 4,000 folders share two million clips
+    row = {"id": segment.id, "audio": f"audio/{place}.wav",
+           "frames": [f"frames/{place}_{i}.jpg" for i in range(1, 5)],
+           "labels": segment.labels, "captions": segment.captions}
+    if (out / row["frames"][-1]).exists():  # which is written last
+        return "done", "", row
+    wave, images, reasons = None, [], []
+    for begins_there, path in files:
+        start = 0.0 if begins_there else segment.start
+        end = start + segment.end - segment.start
+        try:
+            wave = cut_audio(path, start, end, sample_rate) if wave is None else wave
+            times = [start + i * (end - start) / 3 for i in range(4)]            # §3.2.2
+            images = images or cut_frames(path, times)
+        except Unreadable as error:
+            reasons.append(str(error))
+    if wave is None:
+        return "unreadable" if files else "missing", "; ".join(reasons), {}
+    write_whole(out / row["audio"], partial(soundfile.write, data=wave.numpy(),
+                                            samplerate=sample_rate, subtype="PCM_16"))
+    if not images:
+        return "no pictures", "; ".join(reasons), row | {"frames": []}
+    for frame, image in zip(row["frames"], images):
+        write_whole(out / frame, partial(image.save, quality=95))
+    return "done", "", row
 
 
 def extract(table, videos, out, sample_rate=FrontEnd.sample_rate, workers=2):
     """Cut a table's segments, or without a table pieces of 10 s, out of the videos in a folder.
 
-    Leaves <split>.jsonl and <table>_report.csv in `out`; called again it goes on. Raises
-    FileNotFoundError, ValueError (nothing found).
+    Leaves <split>.jsonl and <table>_report.csv in `out`; called again it goes on.
     """
-    if not Path(videos).is_dir():
-        raise FileNotFoundError(f"{videos}: no such folder; --videos names the one with the videos")
-    out, stem = Path(out), Path(table or "train").stem
+    out, stem, jobs = Path(out), Path(table or "train").stem, []
     out.mkdir(parents=True, exist_ok=True)
-    jobs = own_videos(videos)
     if table:
         jobs = with_files(read_published(table), find_files(videos, AUDIO + VIDEO))
-    clips, cut = [], partial(cut_clips, out=out, sample_rate=sample_rate)
-    for pieces in tqdm(in_processes(cut, jobs, workers), unit=" videos"):
-        clips += pieces
-        for _, status, reason, _ in pieces:
-            if status == "unreadable":
-                tqdm.write(f"skipped: {reason}", file=sys.stderr)
+    else:
+        pieces = in_processes(pieces_of, own_videos(videos), workers)
+        jobs = list(itertools.chain.from_iterable(tqdm(pieces, "lengths", unit=" videos")))
+    rows, report = [], [("id", "status", "reason")]
+    cut = in_processes(partial(cut_clip, out=out, sample_rate=sample_rate), jobs, workers)
+    for (status, reason, row), (segment, _) in zip(tqdm(cut, unit=" clips"), jobs):
+        report.append((segment.id, status, reason))
+        if row:
+            rows.append((segment, row))
+        if status == "unreadable":
+            tqdm.write(f"skipped: {reason}", file=sys.stderr)
+    with open(out / f"{stem}_report.csv", "w", newline="", errors="backslashreplace") as file:
+        csv.writer(file).writerows(report)
     # of a set without validation one video in fifty validates, chosen by its name; one at least
-    names = {segment.video for segment, status, *_ in clips
-             if segment.split == "train" and status == "done"}
-    val = {name for name in names if by_hash(name) % 50 == 0}
+    names = {segment.video for segment, row in rows if segment.split == "train" and row["frames"]}
+    number = {name: int(hashlib.sha256(os.fsencode(name)).hexdigest(), 16) for name in names}
+    val = {name for name in names if number[name] % 50 == 0}
     if not val and len(names) > 1:
-        val = {min(names, key=by_hash)}
+        val = {min(names, key=number.get)}
     default = dict(zip(TABLES["audioset"], SPLITS)).get(f"{stem}.csv", stem)
-    indexes, counts, report = {}, Counter(), out / f"{stem}_report.csv"
-    with open(report, "w", newline="", errors="backslashreplace") as file:
-        csv.writer(file).writerow(("id", "status", "reason"))
-        for segment, status, reason, row in clips:
-            counts[status] += 1
-            csv.writer(file).writerow((segment.id, status, reason))
-            row |= {"labels": segment.labels, "captions": segment.captions}
-            if row.get("audio"):
-                row = {"id": segment.id} | {key: value for key, value in row.items() if value}
-                split = "val" if segment.video in val else segment.split or default
-                indexes.setdefault(split, []).append(json.dumps(row) + "\n")
+    indexes = {}
+    for segment, row in rows:
+        split = "val" if segment.video in val else segment.split or default
+        row = {key: value for key, value in row.items() if value}
+        indexes.setdefault(split, []).append(json.dumps(row) + "\n")
     for split, lines in indexes.items():
         write_whole(out / f"{split}.jsonl", partial(Path.write_text, data="".join(lines)))
+    counts = Counter(status for _, status, _ in report[1:])
     summary = ", ".join(f"{count} {status}" for status, count in counts.items())
     if not indexes:
-        raise ValueError(f"{videos}: no clip came out of it ({summary or 'no video there'}); the "
-                         f"reasons are in {report}")
+        raise ValueError(f"{videos}: no clip came out of it ({summary or 'no video there'}); "
+                         f"reasons in {out}")
     print(f"{summary}; index and reasons in {out}")
     if "train" in indexes:
         print(f"next: python pretrain.py --data {out}")
 
 
-def log_mel_sums(clip, front_end):
-    """Number, sum and sum of squares of a clip's log-mel values (3,); zeros for a bad clip."""
+def log_mel_moments(clip, front_end):
+    """Mean and mean square of a clip's log-mel values (2,); None for a bad clip."""
     try:
         wave, length = front_end.load(clip.audio)
     except Unreadable as error:
         print(f"skipped: {error}", file=sys.stderr)
-        return torch.zeros(3, dtype=torch.float64)
+        return None
     x = front_end(wave[None], torch.tensor([length])).double()                   # (1, 1, T, F)
-    return torch.stack([torch.ones_like(x).sum(), x.sum(), x.square().sum()])    # (3,)
+    return torch.stack([x.mean(), x.square().mean()])
 
 
 def statistics(clips, front_end, workers=2):
     """Print mean and std of clips' log-mel values, padding included. Raises ValueError (none)."""
     plain = replace(front_end, mean=0.0, std=1.0)
-    sums = in_processes(partial(log_mel_sums, front_end=plain), clips, workers)
-    sums = torch.stack(list(tqdm(sums, unit=" clips")))                          # (clips, 3)
-    count, first, second = sums.sum(0).tolist()
-    if not count:
+    moments = in_processes(partial(log_mel_moments, front_end=plain), clips, workers)
+    moments = [each for each in tqdm(moments, unit=" clips") if each is not None]
+    if not moments:
         raise ValueError(f"not one of {len(clips)} clips can be read")
-    mean = first / count
-    print(f"{int(sums.any(1).sum())} clips, as {front_end}:\n"
-          f"--mean {mean:.6f} --std {math.sqrt(second / count - mean ** 2):.6f}")
+    mean, square = torch.stack(moments).mean(0).tolist()
+    print(f"{len(moments)} clips, as {front_end}:\n"
+          f"--mean {mean:.6f} --std {math.sqrt(square - mean ** 2):.6f}")
 
 
 # ------------------------------------------------------------------------------ the toy world
