@@ -119,7 +119,7 @@ def opened(path, kind):
             cover = av.stream.Disposition.attached_pic
             streams = [each for each in getattr(file.streams, kind) if not each.disposition & cover]
             if not streams:
-                raise ValueError("there is none")
+                raise Unreadable(f"{path}: has no {kind}")
             yield file, streams
 
 
