@@ -786,6 +786,8 @@ def extract(table, videos, out, sample_rate=FrontEnd.sample_rate, workers=2):
 
     Leaves <split>.jsonl and <table>_report.csv in `out`; called again it goes on.
     """
+    if not Path(videos).is_dir():
+        raise FileNotFoundError(f"{videos}: no such folder; --videos names the one with the videos")
     out, stem, jobs = Path(out), Path(table or "train").stem, []
     out.mkdir(parents=True, exist_ok=True)
     if table:
