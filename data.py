@@ -153,7 +153,10 @@ def is_whole_wav(path):
 
 
 def sound_blocks(path):
-    """A sound file's first channel from beginning to end: yields (rate in Hz, (n,) float32)."""
+    """A sound file's first channel from beginning to end: yields (rate in Hz, (n,) float32).
+
+    libsndfile reads WAVs that know their length, FFmpeg all else, to its end. Raises Unreadable.
+    """
     with reading(path, "readable audio"):
         if is_whole_wav(path):
             with soundfile.SoundFile(path) as file:  # ten times as fast as FFmpeg
@@ -206,7 +209,8 @@ def load_audio(path, sample_rate, seconds=math.inf):
 def audio_windows(path, sample_rate, seconds):
     """A recording in windows, each half over the one before: yields (start, end, waveform (S,)).
 
-    The last one ends where the file ends. What is at most 2 % longer than a window is one.
+    The last one ends where the file ends. What is at most 2 % longer than a window is one. Raises
+    Unreadable, where all is silent at the end.
     """
     parts, rate, silent = [np.zeros(0, np.float32)], sample_rate, True
     start, end = 0, 0  # samples: where the next window begins, where `parts` end
@@ -677,7 +681,7 @@ def frames_from(path, kind, start, track=0):
 
 
 def cut_audio(path, start, end, sample_rate):
-    """`start` to `end` (s) of a file's sound, of the first track that is not silent -> (S,)."""
+    """Sound from `start` to `end` (s), of the first track not silent -> (S,). Raises Unreadable."""
     with opened(path, "audio") as (_, streams):
         tracks = len(streams)
     for track in range(tracks):
@@ -701,7 +705,7 @@ def cut_audio(path, start, end, sample_rate):
 
 
 def cut_frames(path, times):
-    """The pictures shown at these times (s, ascending) -> PIL images, no larger than CLIP needs."""
+    """The pictures shown at these times (s, ascending) -> PIL images. Raises Unreadable."""
     shown, until, images = {}, -math.inf, []
     for seconds, frame in frames_from(path, "video", times[0]):
         if not shown and seconds > times[0] + SLACK:
@@ -716,7 +720,7 @@ def cut_frames(path, times):
         raise Unreadable(f"{path}: has no picture at {times[-1]:.1f} s")
     for frame in shown.values():
         image = frame.to_image().rotate(frame.rotation, expand=True)  # upright, as the file says
-        factor = min(1, 224 / min(image.size))
+        factor = min(1, 224 / min(image.size))  # CLIP sees no more
         size = [round(length * factor) for length in image.size]
         images.append(image.resize(size, Image.Resampling.BICUBIC))
     return images
