@@ -42,7 +42,7 @@ class Tokenizer:
             with reading(vocab, "vocabulary"):
                 content = Path(vocab).read_bytes()
                 content = gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content
-                self.merges = content.decode().splitlines()[1:48_895]  # no version, no rarest
+                self.merges = content.decode().splitlines()[1:48_895]  # without the version's line
                 if {len(merge.split()) for merge in self.merges} != {2}:
                     raise ValueError("its lines are not pairs")
         # a visible symbol for each byte: those that print first, the others from U+0100 on
@@ -122,7 +122,7 @@ def find_clip(name):
     return find(url, MODELS[name], f"clip-{hub}", "pytorch_model.bin")
 
 
-def find_vocabulary(path=None):
+def find_vocabulary(path):
     """Path of the vocabulary: the one that is named, or CLIP's."""
     return Path(path) if path else find(VOCAB, VOCAB_SHA256, "clip-vit-base-patch32", "merges.txt")
 
@@ -286,16 +286,6 @@ def resize_positions(pos, grid, new_grid):
     return torch.cat([pos[:1], patches[0].flatten(1).T])                         # (1 + h2·w2, C)
 
 
-def inherit(encoder, state, grid):
-    """Fill an audio encoder with weights for another grid or for colours -> it, on their device."""
-    # 2. the kernel is averaged over colours: (C, 3, P, P) -> (C, 1, P, P)
-    kernel = state["conv1.weight"].mean(1, keepdim=True)
-    # 3. positions are resized, from the image's grid to the sound's: 7×7 -> 61×5
-    positions = resize_positions(state["positional_embedding"], grid, encoder.grid)
-    encoder.load_state_dict(state | {"conv1.weight": kernel, "positional_embedding": positions})
-    return encoder.to(positions.device)
-
-
 def blank_audio_encoder(clip, frames, mels, stride):
     """The audio encoder with random weights, (B, 1, T, F) -> (B, D): VA-Rand's start (§4)."""
     # 1. patches overlap: their stride is below the kernel's size
@@ -304,6 +294,16 @@ def blank_audio_encoder(clip, frames, mels, stride):
         print0(f"warning: patches of {config['patch']} lie {stride} apart; what is between them "
                f"is not heard; choose smaller --stride-time and --stride-mel")
     return VisionTransformer(**config)
+
+
+def inherit(encoder, state, grid):
+    """Fill an audio encoder with weights for another grid or for colours -> it, on their device."""
+    # 2. the kernel is averaged over colours: (C, 3, P, P) -> (C, 1, P, P)
+    kernel = state["conv1.weight"].mean(1, keepdim=True)
+    # 3. positions are resized, from the image's grid to the sound's: 7×7 -> 61×5
+    positions = resize_positions(state["positional_embedding"], grid, encoder.grid)
+    encoder.load_state_dict(state | {"conv1.weight": kernel, "positional_embedding": positions})
+    return encoder.to(positions.device)
 
 
 def audio_encoder_from_clip(clip, frames=FrontEnd.frames, mels=FrontEnd.mels, stride=(16, 24)):
@@ -340,7 +340,7 @@ def import_vipant(source, out, clip, packed):
         inherit(encoder, state, encoder.grid if resized else clip.visual.grid)
     learner = {f"audio_encoder.{key}": value for key, value in encoder.state_dict().items()}
     learner["log_scale"] = torch.tensor(float(scale))
-    gc = VIPANT["vipant-gc"].endswith(name)
+    gc = Path(VIPANT["vipant-gc"]).name == name
     settings = {"imported": name} | ({"source": "gc"} if gc else {"init": "clip"})
     torch.save({"stage": "finetune" if gc else "pretrain", "settings": settings, "clip": packed,
                 "encoder": encoder.config, "front_end": vars(FrontEnd()), "learner": learner}, out)
@@ -349,7 +349,7 @@ def import_vipant(source, out, clip, packed):
 def main():
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*")
-    parser.add_argument("--clip", default="ViT-B/32", help="that the authors' checkpoint chased")
+    parser.add_argument("--clip", default="ViT-B/32", help="that the authors' encoder learned from")
     parser.add_argument("--vocab", help="path of CLIP's vocabulary")
     args = parser.parse_args()
     name, *files = args.what or [args.clip]

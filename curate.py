@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-PROMPTS = {"ac": PROMPT, "vc": "a photo of", "fc": "a photo of"}  # of the mined sources (Table 2)
+POOL_PROMPTS = {"ac": PROMPT, "vc": "a photo of", "fc": "a photo of"}  # of what is mined (Table 2)
 PAPER_PAIRS = {"ac": 1_080_078, "vc": 1_172_276, "fc": 1_224_621,
                "rc": 44_118, "gl": 120_816, "gc": 44_118}         # Table 2
 
@@ -44,7 +44,7 @@ class Settings:
     clip: str = setting("ViT-B/32", "as in pretrain.py")
     vocab: str = setting("", "as in pretrain.py")
     leave_out: str = setting("data/audiocaps", "as in pretrain.py")
-    # differs from the paper ("a video frame", "the top captions"): ten for each of four, as theirs
+    # differs from the paper ("a video frame", "the top captions"): ten for each of four (authors')
     k: int = setting(10, "captions that a frame picks")
     threshold: float = setting(-1.0, "least cosine of a frame and its caption")
     preview: int = setting(0, "draw so many clips into <source>.png")
@@ -56,7 +56,7 @@ class Settings:
 
 def folder_of(source, data):
     """Folder of a source's clips, which `data` may name."""
-    return dataset_folder(data or ("audioset" if source in PROMPTS else "audiocaps"))
+    return dataset_folder(data or ("audioset" if source in POOL_PROMPTS else "audiocaps"))
 
 
 # ----------------------------------------------------------------------------------- the pool
@@ -111,7 +111,8 @@ def generate(settings, device):
                 if 3 <= len(line.split()) <= 40:
                     captions[line] = None
     new = list(captions)[len(shown):]
-    write_whole(out / "fc.txt", lambda part: Path(part).write_text("\n".join(new), "utf-8"))
+    if rank_and_size()[0] == 0:
+        write_whole(out / "fc.txt", lambda part: part.write_text("\n".join(new), "utf-8"))
     print0(f"{out}/fc.txt: {len(new)} captions. next: python curate.py --source fc")
 
 
@@ -169,9 +170,8 @@ def mined_pairs(settings, folder, out, device):
     clips = training_clips(folder, settings.leave_out)
     clip = load_clip(find_clip(settings.clip), device)
     tokenizer = Tokenizer(find_vocabulary(settings.vocab), clip.context_length)
-    texts = [f"{PROMPTS[settings.source]} {caption}" for caption in pool]
-    cut = sum(len(tokenizer.encode(text)) > clip.context_length for text in texts)
-    print0(f"pool of {len(pool)} captions, {cut} of them cut to {clip.context_length} tokens")
+    texts = [f"{POOL_PROMPTS[settings.source]} {caption}" for caption in pool]
+    print0(f"pool of {len(pool)} captions")
     frames = frame_bank(out / "banks", clips, clip, device, settings.workers)
     captions = text_bank(out / "banks", texts, clip, tokenizer, device)
     mined = mine(frames, captions, settings.k, device)                           # (M, k)
@@ -241,7 +241,7 @@ def curate(settings, device):
     """Make <out>/<source>.jsonl and say how many pairs it holds."""
     source, folder = settings.source, folder_of(settings.source, settings.data)
     out = Path(settings.out or f"out/{folder.name}")
-    if source in PROMPTS:
+    if source in POOL_PROMPTS:
         clips, found = mined_pairs(settings, folder, out, device)
     else:
         clips, found = gold_pairs(source, folder, settings.seed)
@@ -260,7 +260,7 @@ def main():
     # the toy's pool has few captions of a thing: of the nearest ten most would be of other things
     toy = Settings(data="toy", clip=TOY.clip, vocab=TOY.vocab, leave_out="none", k=1)
     generates = sys.argv[1:2] == ["generate"]
-    settings = parse(Settings(), {"toy": toy}, sys.argv[1 + generates:], __doc__)
+    settings = parse(Settings(), {"toy": toy}, sys.argv[2 if generates else 1:], __doc__)
     if not settings.source and not generates:
         raise ValueError(f"--source is needed: one of {', '.join(PAPER_PAIRS)}")
     (generate if generates else curate)(settings, join_ranks())

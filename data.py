@@ -191,8 +191,8 @@ def heard(path, wave, rate, new_rate, silent=False):
     return wave.clamp(-1, 1)
 
 
-def load_audio(path, sample_rate, seconds=math.inf):
-    """First channel of a sound file, all or its first `seconds` and more -> (S,) in [-1, 1].
+def load_audio(path, sample_rate, seconds=None):
+    """First channel of a sound file, all or its first `seconds` -> (S,) float32 in [-1, 1].
 
     Any format, rate and sample width; resampled to `sample_rate` Hz. Raises Unreadable.
     """
@@ -200,9 +200,9 @@ def load_audio(path, sample_rate, seconds=math.inf):
     for rate, block in sound_blocks(path):
         blocks.append(block)
         length += len(block)
-        if length >= seconds * rate:
+        if seconds and length >= seconds * rate:
             break
-    wave = np.concatenate(blocks)                                                # (S,)
+    wave = np.concatenate(blocks)[:math.ceil(seconds * rate) if seconds else None]   # (S,)
     return heard(path, wave, rate, sample_rate, silent=not np.diff(wave).any())
 
 
@@ -407,7 +407,7 @@ TABLES = {  # dataset -> its publisher's table of each split
                "clotho_captions_evaluation.csv"),
     "esc50": ("meta/esc50.csv",) * 3,
     "us8k": ("metadata/UrbanSound8K.csv",) * 3}
-GET_IT = "Get it: README.md, 'Datasets'; or to try without a download: python data.py toy"
+GET_IT = "Get it: README.md, 'Datasets'; or try without a download: python pretrain.py --data toy"
 
 
 def dataset_folder(place):

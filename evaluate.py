@@ -31,8 +31,8 @@ from data import (AUDIO, VIDEO, Unreadable, audio_windows, dataset_folder, find_
                   load_audio, load_image, read_published, read_split, read_text, run, table_of,
                   write_whole)
 from model import join_ranks, print0, rank_and_size, unit
-from pretrain import (AudioLearner, audio_encoder_of, embed_all, load_checkpoint, open_chunk,
-                      top1_hits)
+from pretrain import (AudioLearner, Training, audio_encoder_of, embed_all, load_checkpoint,
+                      open_chunk, top1_hits)
 
 import numpy as np
 import torch
@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 PROMPT = "the sound of"  # §4.1, "Prompting (usually) helps"
 PROMPTS = {"prompt": PROMPT, "no prompt": ""}
-WORKERS = min(8, os.cpu_count())  # that decode, for each rank
+WORKERS = Training.workers  # that decode, for each rank
 
 # ------------------------------------------------------------------------------------ metrics
 def percent(values):
@@ -234,10 +234,9 @@ def zero_shot(model, name, folder):
 def image_audio(model, name, folder):
     """AudioSet's balanced set: second frames and sounds find each other (§3.2.2, Fig. 5)."""
     clips, about, audio, images = prepare(model, name, folder, ("audio", "frames"), split="val")
-    labels = [clip.labels or (clip.id,) for clip in clips]  # without labels: the very clip
     values = {}
     for way, asks, answers in (("i2a", images, audio), ("a2i", audio, images)):
-        hit, share = top1_hits(asks, answers, labels)
+        hit, share = top1_hits(asks, answers, clips)
         values |= {f"{way}_precision": interval(hit), f"{way}_recall": interval(share)}
     return about | {"values": {"": values}}
 
@@ -308,10 +307,9 @@ def cell(number):
 
 def show(part, runs):
     """Print a part's table: columns for checkpoints, for what the paper reports, for chance."""
-    columns = {}
+    columns, result = {}, runs[0]["results"][part]
     for one in runs:
-        result = one["results"][part]
-        columns[one["checkpoint"]] = result["values"]
+        columns[one["checkpoint"]] = one["results"][part]["values"]
         if result["published"]:
             columns[f"paper: {one['row']}"] = paper_of(one["row"], part)
     lines = [["%", *columns, "chance"]]
@@ -378,6 +376,7 @@ def scaling(models, folder, target, out):
         accuracies.setdefault(model.pairs, []).append(accuracy)
     if len(accuracies) < 3 or not all(accuracies):
         raise ValueError("needed: checkpoints of finetune.py --source gc --pairs N, three N")
+    accuracies = dict(sorted(accuracies.items()))
     x, y = np.log2(list(accuracies)), [np.mean(each) for each in accuracies.values()]
     (slope, intercept), r2 = np.polyfit(x, y, 1), np.corrcoef(x, y)[0, 1] ** 2
     at = (target - intercept) / slope if slope > 0 else math.inf
@@ -395,9 +394,8 @@ def curve(paths, out):
         scores, metric = {}, "no validation"  # epoch: %
         for line in path.with_name("log.jsonl").read_text().splitlines():
             row = json.loads(line)
-            if "after" in row and len(row) > 2:  # a validation: step, epoch, a score
-                metric = list(row)[-1]
-                scores[row["after"]] = row[metric]
+            for metric, score in row.get("validation", {}).items():
+                scores[row["epoch"]] = score
         print0(f"{path.parent}, {metric}:", *map(cell, scores.values()))
         lines[path.parent] = (list(scores), list(scores.values()))
     draw(out / "curve.png", f"{metric} (%) by epoch", lines)
@@ -486,7 +484,7 @@ def run_tasks(models, args, out):
                 folder = dataset_folder(args.data or DATASETS.get(task, task))
                 results |= measure(model, task, folder)
             except (OSError, ValueError) as error:
-                errors.append(f"{task}: not measured. {error}")
+                errors.append(f"{model.name}, {task}: not measured. {error}")
         if results:
             runs.append({"checkpoint": model.name, "row": args.row or model.row,
                          "results": results})
@@ -496,15 +494,15 @@ def run_tasks(models, args, out):
         raise ValueError("\n".join(errors))
     print0("\n".join(errors))
     text = json.dumps(runs[0] | {"beside": runs[1:]}, indent=1)
-    save(out / f"{args.task}.json", lambda part: Path(part).write_text(text))
+    save(out / f"{args.task}.json", lambda part: part.write_text(text))
     if args.task == "toy":
         for one in runs:
             tell(one["row"], one["results"])
         return
-    for part, result in runs[0]["results"].items():
+    for part in dict.fromkeys(part for one in runs for part in one["results"]):
         with_part = [one for one in runs if part in one["results"]]
         show(part, with_part)
-        if "by class" in result:
+        if "by class" in with_part[0]["results"][part]:
             draw_classes(out / f"{part}_classes.png", part, with_part)
 
 
@@ -531,7 +529,7 @@ def main():
     out = Path(args.out or paths[0].parent)
     if args.task == "curve":
         return curve(paths, out)
-    if args.data or not (sounds or args.task == "all"):  # said before a missing checkpoint
+    if not sounds and (args.data or args.task != "all"):  # said before a missing checkpoint
         folder = dataset_folder(args.data or DATASETS.get(args.task, args.task))
     models = [Model(path, device) for path in paths]
     if sounds:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from clip_load import (audio_encoder_from_clip, digest, find_clip, load_clip, short_digest,
                        unpack_clip)
-from curate import PAPER_PAIRS, PROMPTS, folder_of, gold_clips
+from curate import PAPER_PAIRS, POOL_PROMPTS, folder_of, gold_clips
 from data import FrontEnd, dataset_folder, labels_of, read_index, read_split, run, write_whole
 from evaluate import average_precision, retrieval_metrics
 from model import VisionTransformer, join_ranks, print0, rank_and_size, unit
@@ -55,11 +55,11 @@ class Settings(Training):
     halve_epochs: floats = setting((), "halve the rates after these; none: cosine")
     halve_steps: floats = setting((), "the same")
 
-    def lr_factor(self, step, steps_per_epoch):
+    def lr_factor(self, step, steps, steps_per_epoch):
         """As in pre-training; or linear warm-up, then half as much after each milestone."""
         milestones = [*self.halve_steps, *(at * steps_per_epoch for at in self.halve_epochs)]
         if not milestones:
-            return super().lr_factor(step, steps_per_epoch)
+            return super().lr_factor(step, steps, steps_per_epoch)
         halvings = sum(step >= at for at in milestones)
         return min(1.0, (step + 1) / max(1, self.warmup_steps)) * 0.5 ** halvings
 
@@ -112,7 +112,7 @@ def paired_clips(path, settings, folder):
         data = f"--data {settings.data or folder.name} --out {path.parent}"
         raise FileNotFoundError(f"{path}: missing. Run: python curate.py --source "
                                 f"{settings.source} {data}")
-    mined, at = settings.source in PROMPTS, settings.objective == "at"
+    mined, at = settings.source in POOL_PROMPTS, settings.objective == "at"
     listed = read_split("audioset", folder, "train") if mined else gold_clips(folder)
     known = {c.id: c for c in listed if c.audio and (c.frames or at)}
     pairs = read_index(path, need=("captions",))
@@ -159,7 +159,8 @@ def recall_on(folder, clip, tokenizer, device, workers):
     count = len(clips[0].captions)
     clips = [c for c in clips if len(c.captions) == count]
     tokens = tokenizer([caption for c in clips for caption in c.captions])       # (5N, L)
-    texts = torch.cat([clip.encode_text(some.to(device)).cpu() for some in tokens.split(256)])
+    texts = [clip.encode_text(part.to(device)).cpu() for part in tokens.split(256)]
+    texts = torch.cat(texts)                                                     # (5N, D)
 
     def validate(learner):
         audio = learner.embed([c.audio for c in clips], device, workers)         # (N, D)
@@ -257,6 +258,7 @@ def rounds_of(settings, folder):
     """
     name, rounds = PRESETS[settings.head].data, {}
     if name == "audioset":
+        # "val" is the balanced training set
         split = "val" if settings.head == "audioset-balanced" else "train"
         return {"eval": [read_split(name, folder, each) for each in (split, "test")]}
     clips = [c for c in read_split(name, folder) if c.easy or settings.head != "esc10"]
@@ -308,7 +310,7 @@ def finetune_on_labels(settings, device):
            f"{PAPER_RESULTS[settings.head]})")
     if rank_and_size()[0] == 0:
         text = json.dumps({"settings": asdict(settings), "results": results})
-        write_whole(out / "head.json", lambda part: Path(part).write_text(text))
+        write_whole(out / "head.json", lambda part: part.write_text(text))
 
 
 def main():

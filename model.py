@@ -69,10 +69,10 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x, first_only=False):
-        """(B, N, C) -> (B, N, C); with `first_only` only the first token asks, -> (B, 1, C)."""
+        """(B, N, C) -> (B, N, C); with `first_only` the first token alone asks, -> (B, 1, C)."""
         C = x.shape[2]
-        asking = x[:, :1] if first_only else x                                   # (B, ·, C)
-        q = F.linear(asking, self.in_proj_weight[:C], self.in_proj_bias[:C])     # (B, ·, C)
+        queries = x[:, :1] if first_only else x                                  # (B, ·, C)
+        q = F.linear(queries, self.in_proj_weight[:C], self.in_proj_bias[:C])     # (B, ·, C)
         kv = F.linear(x, self.in_proj_weight[C:], self.in_proj_bias[C:])         # (B, N, 2C)
         k, v = kv.split(C, dim=2)                                                # 2 × (B, N, C)
         # each head sees its own part of the width: (B, ·, C) -> (B, heads, ·, C/heads)
@@ -115,7 +115,7 @@ class Transformer(nn.Module):
 
     With `first_only` -> (B, 1, C): the last block leaves out what the first token does not need.
     """
-    recompute = False  # keep no activations of a block, but compute them again for its gradient
+    recompute = False  # True: a block's activations are not kept, but computed again
 
     def __init__(self, width, layers, heads, causal=False):
         super().__init__()
@@ -261,8 +261,8 @@ def parameter_groups(module, lr_weights, lr_biases, weight_decay):
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling (You et al., 2017; Table 5).
 
-    With `adapt` a tensor's step has the trust ratio η‖p‖ / ‖g + wd·p‖ (1 where a norm is 0).
-    """
+    With `adapt` the trust ratio is η‖p‖ / ‖g + wd·p‖ (1 where a norm is 0). Differs from You et
+    al.: wd·p within the norm, the rate outside of the momentum, as in the authors' code."""
 
     def __init__(self, groups, lr=0.0, weight_decay=0.0, momentum=0.9, eta=0.001, adapt=True):
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum,

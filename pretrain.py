@@ -10,13 +10,13 @@ is an audio encoder that chases rows of an array: `train`, which serves every st
 
 B  clips on this rank   N  clips   M  rows of a bank   D  embedding   T, F  frames and mel bins
 """
-import argparse
 import json
 import os
 import subprocess
 import sys
 import time
 import timeit
+from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 # ----------------------------------------------------------------------------------- settings
 def setting(default, help, choices=None, free=False):
-    """A field of a stage's settings. `free`: decides no result, may change when a run goes on."""
+    """A field of a stage's settings. `free`: may change when a run goes on."""
     return field(default=default, metadata={"help": help, "choices": choices, "free": free})
 
 
@@ -63,9 +63,8 @@ class Training:
     log_every: int = setting(50, "steps between log lines", free=True)
     save_every: int = setting(1000, "steps between checkpoints, besides epochs' ends", free=True)
 
-    def lr_factor(self, step, steps_per_epoch):
-        """Factor on the peak learning rates at a step."""
-        steps = self.steps or self.epochs * steps_per_epoch
+    def lr_factor(self, step, steps, steps_per_epoch):
+        """Factor on the peak learning rates at a step of so many."""
         return schedule(step, steps, self.warmup_steps or self.warmup_epochs * steps_per_epoch)
 
 
@@ -97,15 +96,14 @@ TOY = Settings(data="toy", leave_out="none", clip="out/toy/clip/clip.pt",
 
 def parse(defaults, presets, argv=None, description=None):
     """Command line -> settings. --head or `--data toy` means a preset, which flags override."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=description, allow_abbrev=False, argument_default=SUPPRESS,
+                            formatter_class=RawDescriptionHelpFormatter)
     for f in fields(defaults):
         kind = {"type": f.type, "choices": f.metadata["choices"]}
         if f.type is bool:
             kind = {"action": "store_true"}
         text = f"{f.metadata['help']} ({getattr(defaults, f.name)})".replace("%", "%%")
-        flag = "--" + f.name.replace("_", "-")
-        parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **kind)
+        parser.add_argument("--" + f.name.replace("_", "-"), help=text, **kind)
     given = vars(parser.parse_args(argv))
     preset = given.get("head") or ("toy" if given.get("data") == "toy" else None)
     return replace(presets.get(preset, defaults), **given)
@@ -269,7 +267,7 @@ class AudioSamples(Dataset):
     """
 
     def __init__(self, clips, banks, front_end, seed):
-        # one array: each worker would come to copy a list of strings
+        # an array, for forked workers copy a list's strings when they count references to them
         self.paths = np.array([os.fsencode(clip.audio) for clip in clips])
         self.banks, self.front_end, self.seed = banks, front_end, seed
         if 4 * len(clips) * front_end.samples < 2 ** 28:  # bytes: each worker decodes it once
@@ -294,7 +292,7 @@ class AudioSamples(Dataset):
                 reason = f"skipped: {error}"
             if offset == 0:
                 print(reason, file=sys.stderr, flush=True)
-        raise ValueError(f"no clip can be read; {reason}")
+        raise ValueError(f"{offset + 1} clips in a row can't be read; {reason}")
 
 
 def batches(count, batch, seed, start, steps):
@@ -318,8 +316,7 @@ def check_input(samples):
     x = samples.front_end(some["wave"], some["length"])                          # (32, 1, T, F)
     if abs(x.mean()) > 0.7 or not 0.4 < x.std() < 2:
         print0(f"warning: the encoder's input has mean {x.mean():.2f} and std {x.std():.2f}, not 0 "
-               f"and 1. A dataset's --mean and --std are computed by python data.py stats, with "
-               f"--data and the same --sample-rate, --mels and --frames")
+               f"and 1; python data.py stats computes a dataset's --mean and --std")
 
 
 # -------------------------------------------------------------------------------- checkpoints
@@ -328,7 +325,7 @@ def load_checkpoint(path, stages):
     if not Path(path).exists():
         raise FileNotFoundError(f"{path}: no such checkpoint. python pretrain.py makes one, python "
                                 f"clip_load.py vipant fetches the authors'")
-    check_zip(path)
+    check_zip(path)  # torch.load compares no checksums
     with reading(path, "checkpoint of ours"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         stage = checkpoint["stage"]
@@ -351,12 +348,11 @@ def resume(path, learner, optimizer, settings, about):
     if not path.exists():
         return 0
     saved = load_checkpoint(path, [about["stage"]])
-    then, now = saved["settings"] | saved["made_of"], asdict(settings) | about["made_of"]
-    for f in fields(settings):
-        if f.metadata["free"]:
-            del now[f.name]
+    then = saved["settings"] | saved.get("made_of", {})  # which an imported one lacks
+    now = asdict(settings) | about["made_of"]
+    free = {f.name for f in fields(settings) if f.metadata["free"]}
     changed = [f"{name} was {then.get(name)!r} and is {value!r}" for name, value in now.items()
-               if then.get(name) != value]
+               if name not in free and then.get(name) != value]
     if changed:
         raise ValueError(f"{path} was made otherwise: {', '.join(changed)}. Choose another --out, "
                          f"or delete it")
@@ -392,10 +388,9 @@ def matmul_rate(device):
 
 
 def train(learner, samples, settings, about, validate, device):
-    """The training loop of every stage; leaves checkpoint.pt and log.jsonl, goes on from them.
+    """The training loop of every stage, over AudioSamples; leaves checkpoint.pt and log.jsonl.
 
     learner   forward(batch) -> features; loss(*features) -> (); report() -> numbers for the log
-    samples   AudioSamples
     about     what the checkpoint says of itself: "stage", "made_of", and more
     validate  (learner) -> dict of numbers in %, called on every rank after each epoch
     """
@@ -432,7 +427,7 @@ def train(learner, samples, settings, about, validate, device):
     for step in range(start + 1, steps + 1):
         # schedule
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * settings.lr_factor(step - 1, steps_per_epoch)
+            group["lr"] = group["peak"] * settings.lr_factor(step - 1, steps, steps_per_epoch)
         # batch
         if (step - 1) % steps_per_epoch == 0:
             skipped = 0
@@ -444,7 +439,7 @@ def train(learner, samples, settings, about, validate, device):
         # step
         with autocast:
             features = model(batch)
-        loss = learner.loss(*features)
+        loss = learner.loss(*features)  # outside of DDP, whose hooks are on the parameters
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -460,42 +455,36 @@ def train(learner, samples, settings, about, validate, device):
                              f"stays in {path}; lower --lr-weights or --lr-biases")
         if skipped > max(10, 0.01 * len(samples) / size):
             raise ValueError(f"{skipped} clips of this epoch can't be read, more than ten and more "
-                             f"than 1 %; mend or remove the files named above")
+                             f"than 1 %; mend or remove the files named above, delete the banks")
         speed = (step - logged) * settings.batch / seconds
         numbers = {"epoch": step / steps_per_epoch, "loss": mean_loss, **learner.report(),
                    "lr": optimizer.param_groups[0]["lr"], "clips/s": speed,
                    "MFU": speed * flops / peak_rate / size,
                    "waiting": waiting / seconds, "skipped": skipped,
                    "minutes left": (steps - step) * settings.batch / speed / 60}
-        line = " | ".join(f"{name} {value:.4g}" for name, value in numbers.items())
-        write_log(log, f"step {step} | {line}", step=step, **numbers)
-        # validate
-        if epoch_ends:
-            scores = validate(learner.eval())
-            learner.train()
-            line = ", ".join(f"{name} {value:.1f} %" for name, value in scores.items())
-            write_log(log, f"  validation: {line}", step=step, after=step // steps_per_epoch,
-                      **scores)
+        scores = validate(learner.eval()) if epoch_ends else {}
+        learner.train()
+        line = " | ".join(f"{name} {value:.4g}" for name, value in (numbers | scores).items())
+        write_log(log, f"step {step} | {line}", step=step, **numbers, validation=scores)
         # save
         if saves and rank == 0:
             write_whole(path, partial(torch.save, about | {
                 "encoder": learner.audio_encoder.config, "front_end": asdict(learner.front_end),
-                "settings": asdict(settings), "step": step, "steps": steps,
-                "learner": learner.state_dict(), "optimizer": optimizer.state_dict(),
-                "torch": str(torch.__version__)}))
+                "settings": asdict(settings), "step": step, "torch": str(torch.__version__),
+                "learner": learner.state_dict(), "optimizer": optimizer.state_dict()}))
         losses.zero_()
         logged, began, waiting = step, time.perf_counter(), 0.0
     barrier()
 
 
 # ------------------------------------------------------------------------------------ stage 1
-def top1_hits(queries, gallery, labels):
-    """Top-1 retrieval where relevant means the same label *set* (§3.2.2).
+def top1_hits(queries, gallery, clips):
+    """Top-1 retrieval where relevant means the same label *set* (§3.2.2), or without any the clip.
 
-    queries, gallery: (N, D) unit vectors of the same N clips; labels: N tuples. Returns each
-    query's precision, 0 or 1 (N,), and its recall, a hit's share of the relevant clips (N,).
+    queries, gallery: (N, D) unit vectors of the N clips. Returns each query's precision, 0 or 1
+    (N,), and its recall, a hit's share of the relevant clips (N,).
     """
-    sets = ["\n".join(sorted(set(each))) for each in labels]
+    sets = ["\n".join(sorted(set(clip.labels))) or clip.id for clip in clips]
     kind = torch.from_numpy(np.unique(sets, return_inverse=True)[1])             # (N,)
     best = torch.cat([(part @ gallery.T).argmax(1) for part in queries.split(1024)])  # (N,)
     hit = (kind[best] == kind).float()
@@ -503,11 +492,8 @@ def top1_hits(queries, gallery, labels):
 
 
 def frame_retrieval(clips, bank, device, workers):
-    """(learner) -> how often a clip's second frame finds a sound with its labels, in % (Fig. 5).
-
-    Where clips have no labels: how often it finds the very clip that it belongs to.
-    """
-    images = [bank.row(bank.of(i)[:2][-1]) for i in range(len(clips))]           # N × (D,)
+    """(learner) -> how often a clip's second frame finds a sound with its labels, in % (Fig. 5)."""
+    images = [bank.row(bank.of(i)[:2][-1]) for i in range(len(clips))]  # second frames, N × (D,)
 
     def validate(learner):
         audio = learner.embed([clip.audio for clip in clips], device, workers)   # (N, D)
@@ -515,7 +501,7 @@ def frame_retrieval(clips, bank, device, workers):
         if not both:
             return {}
         hit, _ = top1_hits(torch.stack([images[i] for i in both]), audio[both],
-                           [clips[i].labels or (clips[i].id,) for i in both])
+                           [clips[i] for i in both])
         return {"image->audio precision@1": 100 * hit.mean().item()}
 
     return validate
@@ -553,9 +539,9 @@ def pretrain(settings, device):
     bank = frame_bank(banks, clips, clip, device, settings.workers)
     val_bank = frame_bank(banks, val, clip, device, settings.workers)
     torch.manual_seed(settings.seed)
-    start = audio_encoder_from_clip if settings.init == "clip" else blank_audio_encoder
-    encoder = start(clip, settings.frames, settings.mels,
-                    (settings.stride_time, settings.stride_mel))
+    make = audio_encoder_from_clip if settings.init == "clip" else blank_audio_encoder
+    strides = settings.stride_time, settings.stride_mel
+    encoder = make(clip, settings.frames, settings.mels, strides)
     front_end = FrontEnd(settings.sample_rate, settings.mels, settings.frames, settings.mean,
                          settings.std)
     samples = AudioSamples(clips, [bank], front_end, settings.seed)
@@ -582,9 +568,9 @@ def make_toy_world():
     tokens = tokenizer([pair.captions[0] for pair in pairs])                     # (N, L)
     optimizer = torch.optim.Adam(clip.parameters())
     steps = torch.cat([torch.randperm(len(pairs)) for _ in range(5)]).split(128)  # 5 epochs
-    for step, some in enumerate(tqdm(steps, desc="the toy's CLIP")):
+    for step, rows in enumerate(tqdm(steps, desc="the toy's CLIP")):
         optimizer.param_groups[0]["lr"] = 5e-4 * schedule(step, len(steps), warmup_steps=20)
-        loss = info_nce(clip.encode_image(images[some]), clip.encode_text(tokens[some]),
+        loss = info_nce(clip.encode_image(images[rows]), clip.encode_text(tokens[rows]),
                         clip.logit_scale)
         loss.backward()
         optimizer.step()

@@ -90,12 +90,12 @@ def idea(path, clip, text, front_end):
 
 def training(path, log):
     """Loss, temperature and validation by epoch, from a run's log.jsonl."""
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
-    score = next(key for row in rows for key in row if "@1" in key)
+    rows = [row | row.get("validation", {}) for row in map(json.loads, log.open())]
+    score = next(iter(rows[-1]["validation"]))
     figure, panels = blank(9, 2.7, 1, 3)
-    for axes, name, at in zip(panels, ("loss", "temperature", score), ("epoch", "epoch", "after")):
-        some = [row for row in rows if name in row]
-        axes.plot([row[at] for row in some], [row[name] for row in some], color=LEARNED)
+    for axes, name in zip(panels, ("loss", "temperature", score)):
+        points = [(row["epoch"], row[name]) for row in rows if name in row]
+        axes.plot(*zip(*points), color=LEARNED)
         axes.set(xlabel="epoch", title=name)
     panels[0].axhline(2 * math.log(rows[0]["settings"]["batch"]), color=FROZEN, linestyle="--",
                       label="guessing: 2·log(batch)")

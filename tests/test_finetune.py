@@ -21,9 +21,9 @@ def test_halved_rates_by_hand():
     """Warm-up over 4 steps; halved after epoch 2 and again after step 30, 10 steps an epoch."""
     settings = replace(parse(Settings(), PRESETS, ["--head", "audioset", "--halve-epochs", "2"]),
                        halve_steps=(30,), warmup_steps=4)
-    factors = [settings.lr_factor(step, 10) for step in (0, 1, 3, 19, 20, 29, 30, 99)]
+    factors = [settings.lr_factor(step, 100, 10) for step in (0, 1, 3, 19, 20, 29, 30, 99)]
     assert factors == [0.25, 0.5, 1, 1, 0.5, 0.5, 0.25, 0.25] and settings.lr_weights == 5e-5
-    assert Settings(epochs=4, warmup_epochs=1.0).lr_factor(5, 10) == 0.5  # as in pre-training
+    assert Settings(epochs=4, warmup_epochs=1.0).lr_factor(5, 40, 10) == 0.5  # as in pre-training
 
 
 def test_pairs_and_clips_are_joined_by_id_and_fewer_pairs_are_among_more(world, tmp_path):
