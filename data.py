@@ -55,7 +55,8 @@ def reading(path, what):
     except Unreadable:
         raise
     except Exception as error:
-        raise Unreadable(f"{path}: no {what} ({type(error).__name__}: {error!s:.300})") from None
+        text = " ".join(str(error).split())[:300]
+        raise Unreadable(f"{path}: no {what} ({type(error).__name__}: {text})") from None
 
 
 def run(main):
@@ -112,12 +113,16 @@ def in_processes(function, items, workers):
 # -------------------------------------------------------------------------------------- sound
 @contextmanager
 def opened(path, kind):
-    """A file and its streams of a kind, "audio" or "video"; a cover is no video."""
+    """A file and its streams of a kind, "audio" or "video"; an attached cover is no video."""
     with reading(path, f"readable {kind}"):
-        options = {} if is_whole_wav(path) else {"ignore_length": "1"}  # of a WAV
+        # a WAV that is not whole is read to the file's end, not to its header's length
+        options = {} if is_whole_wav(path) else {"ignore_length": "1"}
         with av.open(f"file:{path}", options=options, metadata_errors="ignore") as file:
             cover = av.stream.Disposition.attached_pic
-            streams = [each for each in getattr(file.streams, kind) if not each.disposition & cover]
+            streams = []
+            for stream in getattr(file.streams, kind):
+                if stream.codec_context and not stream.disposition & cover:
+                    streams.append(stream)
             if not streams:
                 raise Unreadable(f"{path}: has no {kind}")
             yield file, streams
@@ -143,7 +148,8 @@ def is_whole_wav(path):
     """Whether a WAV's chunks end where the file does: not after a pipe, a kill, a cut download."""
     size, at = os.path.getsize(path), 12
     with open(path, "rb") as file:
-        if file.read(4) != b"RIFF":
+        head = file.read(12)
+        if head[:4] != b"RIFF" or head[8:] != b"WAVE":  # AVI is RIFF, too
             return False
         while at < size:
             file.seek(at + 4)
@@ -169,19 +175,14 @@ def sound_blocks(path):
         for frame in decoded(file, streams[0]):
             rate, block = rate or frame.sample_rate, first_channel(frame)
             if frame.sample_rate != rate:  # two files in one, as `cat a.mp3 b.mp3` leaves them
-                block = torch.from_numpy(block)
-                block = torchaudio.functional.resample(block, frame.sample_rate, rate).numpy()
+                block = resample(path, block, frame.sample_rate, rate).numpy()
             yield rate, block
 
 
-def heard(path, wave, rate, new_rate, silent=False):
-    """A file's sound, array (S,), at another rate in Hz -> tensor in [-1, 1]. Raises Unreadable."""
+def resample(path, wave, rate, new_rate):
+    """Some of a file's sound, array (S,), at another rate in Hz -> tensor. Raises Unreadable."""
     if not 1000 <= rate <= 1_000_000:
         raise Unreadable(f"{path}: says it has {rate} samples a second; is its header damaged?")
-    if len(wave) < 0.025 * rate:
-        raise Unreadable(f"{path}: {1000 * len(wave) / rate:.0f} ms of sound; needed are 25")
-    if silent:
-        raise Unreadable(f"{path}: its first channel, the one that is heard (§3.2.2), is silent")
     if not np.isfinite(wave).all():
         raise Unreadable(f"{path}: holds NaN or infinite samples")
     wave = torch.tensor(wave)
@@ -189,6 +190,15 @@ def heard(path, wave, rate, new_rate, silent=False):
         ratio = Fraction(new_rate, rate).limit_denominator(1000)  # the filter grows with its terms
         wave = torchaudio.functional.resample(wave, ratio.denominator, ratio.numerator)
     return wave.clamp(-1, 1)
+
+
+def checked(path, wave, rate, new_rate, silent=False):
+    """The same where it is long enough and, as the caller knows of the whole file, not silent."""
+    if len(wave) < 0.025 * rate:
+        raise Unreadable(f"{path}: {1000 * len(wave) / rate:.0f} ms of sound; needed are 25")
+    if silent:
+        raise Unreadable(f"{path}: its first channel, the one that is heard (§3.2.2), is silent")
+    return resample(path, wave, rate, new_rate)
 
 
 def load_audio(path, sample_rate, seconds=None):
@@ -203,7 +213,7 @@ def load_audio(path, sample_rate, seconds=None):
         if seconds and length >= seconds * rate:
             break
     wave = np.concatenate(blocks)[:math.ceil(seconds * rate) if seconds else None]   # (S,)
-    return heard(path, wave, rate, sample_rate, silent=not np.diff(wave).any())
+    return checked(path, wave, rate, sample_rate, silent=not np.diff(wave).any())
 
 
 def audio_windows(path, sample_rate, seconds):
@@ -221,12 +231,12 @@ def audio_windows(path, sample_rate, seconds):
         size = round(seconds * rate)
         while end > start + 1.02 * size:
             wave = np.concatenate(parts)[start - end:]
-            window = heard(path, wave[:size], rate, sample_rate)
+            window = checked(path, wave[:size], rate, sample_rate)
             yield start / rate, (start + size) / rate, window
             parts = [wave]  # all of it: the last window may begin before the next one
             start += size - size // 2
     wave = np.concatenate(parts)[-size if start else 0:]
-    yield (end - len(wave)) / rate, end / rate, heard(path, wave, rate, sample_rate, silent)
+    yield (end - len(wave)) / rate, end / rate, checked(path, wave, rate, sample_rate, silent)
 
 
 # -------------------------------------------------------------------------------- filterbanks
@@ -378,7 +388,7 @@ class Clip:
     fold: int = 0           # of a dataset with published folds, from 1
     easy: bool = False      # in ESC-10, the easier part of ESC-50
     start: float = 0.0      # s in the video, of a clip that is to be cut out of one
-    end: float = 0.0        # without an end all of a user's own video
+    end: float = 0.0        # s
     split: str = ""         # VGGSound's table has two
     audiocap_ids: tuple = ()  # one a caption
 
@@ -509,7 +519,7 @@ def clip_of(row, folder, names, need):
     frames = tuple(inside(folder, frame) for frame in lists["frames"])
     labels = tuple(names.get(label, label) for label in lists["labels"])
     return Clip(str(row["id"]), audio, frames, labels, tuple(lists["captions"]),
-                int(row.get("fold", 0)))
+                int(row.get("fold") or 0))
 
 
 def read_split(name, folder, split="test", need=()):
@@ -579,7 +589,7 @@ def read_coco_captions(folder, split):
 
 
 # AudioSet, AudioCaps and VGGSound come as YouTube's ids; what is on disk is named after them.
-def segment_of(video, start=0.0, end=0.0, split="", **rest):
+def segment_of(video, start, end, split="", **rest):
     """A stretch of a video, in s -> Clip, not yet on disk."""
     return Clip(f"{video}_{round(start, 3):g}", start=start, end=end, split=split, **rest)
 
@@ -649,7 +659,7 @@ def held_out_by_audiocaps(tables, folder):
     val, test = Path(tables) / "val.csv", Path(tables) / "test.csv"
     if val.exists() and test.exists():
         return {segment.video for segment in read_published(val) + read_published(test)}
-    youtubes = (*TABLES["audioset"], *TABLES["vggsound"])  # one's own videos have none to fear
+    youtubes = (*TABLES["audioset"], *TABLES["vggsound"])  # a user's own hold no clip of it
     if any((Path(folder) / table).exists() for table in youtubes):
         raise FileNotFoundError(f"{tables}: no val.csv and test.csv of AudioCaps, whose clips are "
                                 f"to be left out of training; or --leave-out none. {GET_IT}")
@@ -701,7 +711,7 @@ def cut_audio(path, start, end, sample_rate):
         wave = np.pad(np.concatenate(blocks), (max(0, late), size))[max(0, -late):][:size]
         if wave.any():
             break
-    return heard(path, wave, rate, sample_rate, silent=not np.diff(wave).any())
+    return checked(path, wave, rate, sample_rate, silent=not np.diff(wave).any())
 
 
 def cut_frames(path, times):
@@ -731,6 +741,8 @@ def own_videos(folder):
     videos = {}
     for path in find_files(folder, AUDIO + VIDEO):
         name = re.sub(r"(\.f\d+)?\.\w+$", "", os.path.relpath(path, folder))  # yt-dlp's .f137
+        if len(os.fsencode(name)) > 200:  # of the 255 that a file's name may have
+            name = hashlib.sha256(os.fsencode(name)).hexdigest()
         videos.setdefault(name, []).append((False, path))
     return [(name, files) for name, files in videos.items() if files[-1][1].lower().endswith(VIDEO)]
 
@@ -740,12 +752,13 @@ def pieces_of(video):
     name, files = video
     length, ends, pieces = 0.0, {}, []  # ends: of sound and of pictures; no header is believed
     # of what can't be read one piece is left, whose cutting says why
-    with suppress(Unreadable), opened(files[-1][1], "video") as (file, _):
-        for packet in file.demux():
-            if packet.pts is not None and packet.stream.type in ("audio", "video"):
-                end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
-                ends[packet.stream.type] = max(end, ends.get(packet.stream.type, 0.0))
-        length = min(ends.values()) - (file.start_time or 0) / av.time_base
+    for _, path in files:
+        with suppress(Unreadable), opened(path, "video") as (file, _):
+            for packet in file.demux():
+                if packet.pts is not None and packet.stream.type in ("audio", "video"):
+                    end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
+                    ends[packet.stream.type] = max(end, ends.get(packet.stream.type, 0.0))
+            length = min(ends.values()) - (file.start_time or 0) / av.time_base
     for start in range(0, max(1, int(length / 10 + 0.5)) * 10, 10):
         end = max(start + 5.0, min(start + 10.0, length))
         pieces.append((segment_of(name, start, end, "train"), files))
@@ -768,9 +781,12 @@ def cut_clip(job, out, sample_rate):
     for begins_there, path in files:
         start = 0.0 if begins_there else segment.start
         end = start + segment.end - segment.start
+        times = [start + i * (end - start) / 3 for i in range(4)]                # §3.2.2
         try:
             wave = cut_audio(path, start, end, sample_rate) if wave is None else wave
-            times = [start + i * (end - start) / 3 for i in range(4)]            # §3.2.2
+        except Unreadable as error:
+            reasons.append(str(error))
+        try:
             images = images or cut_frames(path, times)
         except Unreadable as error:
             reasons.append(str(error))
@@ -788,11 +804,12 @@ def cut_clip(job, out, sample_rate):
 def extract(table, videos, out, sample_rate=FrontEnd.sample_rate, workers=2):
     """Cut a table's segments, or without a table pieces of 10 s, out of the videos in a folder.
 
-    Leaves <split>.jsonl and <table>_report.csv in `out`; called again it goes on.
+    Leaves <split>.jsonl and <table>_report.csv in `out`; called again it goes on. Raises
+    FileNotFoundError, ValueError (not one clip).
     """
     if not Path(videos).is_dir():
         raise FileNotFoundError(f"{videos}: no such folder; --videos names the one with the videos")
-    out, stem, jobs = Path(out), Path(table or "train").stem, []
+    out, stem = Path(out), Path(table or "train").stem
     out.mkdir(parents=True, exist_ok=True)
     if table:
         jobs = with_files(read_published(table), find_files(videos, AUDIO + VIDEO))
@@ -834,14 +851,14 @@ def extract(table, videos, out, sample_rate=FrontEnd.sample_rate, workers=2):
 
 
 def log_mel_moments(clip, front_end):
-    """Mean and mean square of a clip's log-mel values (2,); None for a bad clip."""
+    """Mean and mean square of a clip's log-mel values; None for a bad clip."""
     try:
         wave, length = front_end.load(clip.audio)
     except Unreadable as error:
         print(f"skipped: {error}", file=sys.stderr)
         return None
     x = front_end(wave[None], torch.tensor([length])).double()                   # (1, 1, T, F)
-    return torch.stack([x.mean(), x.square().mean()])
+    return x.mean().item(), x.square().mean().item()
 
 
 def statistics(clips, front_end, workers=2):
@@ -851,7 +868,7 @@ def statistics(clips, front_end, workers=2):
     moments = [each for each in tqdm(moments, unit=" clips") if each is not None]
     if not moments:
         raise ValueError(f"not one of {len(clips)} clips can be read")
-    mean, square = torch.stack(moments).mean(0).tolist()
+    mean, square = np.mean(moments, axis=0)
     print(f"{len(moments)} clips, as {front_end}:\n"
           f"--mean {mean:.6f} --std {math.sqrt(square - mean ** 2):.6f}")
 
