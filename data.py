@@ -929,10 +929,9 @@ def draw_thing(thing, radius, background, places):
     reach, rgb = radius * np.array(SHAPES[shape][0]), COLOURS[colour][0]
     angles = 2 * np.pi * np.arange(len(reach)) / len(reach) - np.pi / 2  # the first one is on top
     corners = reach[:, None] * np.stack([np.cos(angles), np.sin(angles)], 1)     # (corners, 2)
+    fill = None if shape == "ring" else rgb
     for place in places:
-        outline = [tuple(corner) for corner in place + corners]
-        fill = None if shape == "ring" else rgb
-        ImageDraw.Draw(image).polygon(outline, fill, rgb, width=3)
+        ImageDraw.Draw(image).polygon((place + corners).ravel().tolist(), fill, rgb, width=3)
     return image
 
 
@@ -958,8 +957,9 @@ def make_toy_clip(job, folder, seed):
     held_out = split in ("val", "test")
     thing = THINGS[i % 144 if held_out else ear.integers(144)]
     loudness = ear.uniform(0.1, 1)
-    off_screen, other = eye.uniform() < OFF_SCREEN, THINGS[eye.integers(144)]
-    seen = other if off_screen and split == "train" else thing
+    off_screen = eye.uniform() < OFF_SCREEN and split == "train"
+    other = THINGS[eye.integers(144)]
+    seen = other if off_screen else thing
     radius, dark = eye.uniform(8, 13), bool(eye.integers(2))
     background = tuple(int(v) for v in eye.integers(0, 60, 3) + (0 if dark else 100))
     cells = eye.permutation(4)[:seen[2]]                                         # quarters
@@ -1006,9 +1006,8 @@ def toy_captions(kind, rng, count=2000):
 def write_toy_vocabulary(path):
     """A vocabulary in CLIP's format: merges learned from the toy's captions, a token a word."""
     texts = ["and"]
-    for thing in THINGS:
-        for yes in (True, False):
-            texts += vision_captions(thing, yes, yes) + audio_captions(thing, yes)
+    for thing, yes in itertools.product(THINGS, (True, False)):
+        texts += vision_captions(thing, yes, yes) + audio_captions(thing, yes)
     words = [[*word[:-1], word[-1] + "</w>"] for word in set(" ".join(texts).split())]
     text = "#version: toy\n"
     while pairs := Counter(pair for units in words for pair in itertools.pairwise(units)):
