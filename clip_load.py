@@ -128,18 +128,6 @@ def find_vocabulary(path):
 
 
 # ------------------------------------------------------------------------------ CLIP's weights
-class TensorsOnly:
-    """torch.load's `pickle_module`: of what a file names only tensors are made; nothing runs."""
-    class Inert(dict):  # in the place of all other classes
-        __init__ = __setstate__ = append = extend = lambda self, *_, **__: None
-        __hash__ = object.__hash__
-
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module, name):  # but for storages, which torch.load finds by itself
-            rebuilds = name in ("_rebuild_tensor_v2", "_rebuild_parameter")
-            return getattr(torch._utils, name) if rebuilds else TensorsOnly.Inert
-
-
 def check_zip(path):
     """Names in a zip file, as torch.save's are; [] for another file. Raises ValueError (damage)."""
     if not zipfile.is_zipfile(path):
@@ -158,8 +146,7 @@ def read_weights(path):
             return load_file(path)
     if any(name.endswith("/constants.pkl") for name in names):  # TorchScript, as OpenAI's file
         return torch.jit.load(path, map_location="cpu").state_dict()
-    # weights_only=True would refuse other objects in zip files, as the authors' settings
-    return torch.load(path, "cpu", TensorsOnly if names else None, weights_only=not names)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 NAMES = {  # parts of Hugging Face's, open_clip's, the authors' keys -> OpenAI's, in this order
@@ -324,6 +311,18 @@ VIPANT = {"vipant": "01FFQTZK9YBPRDQHHR6157AGBR/00071478.pth",
           "vipant-gc": "01FM2Y9HJ896B2G6NKRXTEVXZ7/00004140.pth"}  # of two, best on three sets
 
 
+class TensorsOnly:
+    """torch.load's `pickle_module`: of what a file names only tensors are made; nothing runs."""
+    class Inert(dict):  # in the place of all other classes
+        __init__ = __setstate__ = append = extend = lambda self, *_, **__: None
+        __hash__ = object.__hash__
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module, name):  # but for storages, which torch.load finds by itself
+            rebuilds = name in ("_rebuild_tensor_v2", "_rebuild_parameter")
+            return getattr(torch._utils, name) if rebuilds else TensorsOnly.Inert
+
+
 def import_vipant(source, out, clip, packed):
     """Make of the authors' checkpoint, a file or an address, one of ours with CLIP inside."""
     name = Path(source).name
@@ -331,7 +330,10 @@ def import_vipant(source, out, clip, packed):
         if "://" in source:
             download_url_to_file(source, str(out))
             source = out  # theirs lies there until ours is written
-        parts = read_weights(source)["model"]  # (audio, loss), or (image, audio, text, loss)
+        check_zip(source)
+        # weights_only=True would refuse their settings, which are objects
+        parts = torch.load(source, "cpu", TensorsOnly, weights_only=False)["model"]
+        # (audio, loss), or (image, audio, text, loss)
         state = dict(flatten(parts[0] if len(parts) == 2 else parts[1]))
         (scale,) = [value for key, value in parts[-1].items() if key.endswith("logit_scale")]
         encoder = audio_encoder_from_clip(clip)

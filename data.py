@@ -193,7 +193,7 @@ def resample(path, wave, rate, new_rate):
 
 
 def checked(path, wave, rate, new_rate, silent=False):
-    """The same where it is long enough and, as the caller knows of the whole file, not silent."""
+    """Resampled sound -> tensor. Raises Unreadable: under 25 ms, not finite, or all `silent`."""
     if len(wave) < 0.025 * rate:
         raise Unreadable(f"{path}: {1000 * len(wave) / rate:.0f} ms of sound; needed are 25")
     if silent:
@@ -362,6 +362,8 @@ def preprocess_image(image, size=224):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     image = image.convert("RGB")
     short = min(image.size)
+    if max(image.size) > 100 * short:  # which resizing would make gigabytes of
+        raise ValueError(f"{image.width}×{image.height} pixels are no picture")
     width, height = (int(size * side / short) for side in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = round((width - size) / 2), round((height - size) / 2)
@@ -403,10 +405,10 @@ class Clip:
         return self.frames[:2][-1]
 
 
-AUDIO = tuple(".wav .flac .ogg .oga .opus .mp3 .m4a .aac .aif .aiff .aifc .wma .mka .au .caf .w64 "
-              ".amr .ac3 .mp2 .weba .spx".split())
-VIDEO = tuple(".mp4 .m4v .mkv .webm .mov .avi .flv .f4v .3gp .3g2 .ts .m2ts .mts .mpg .mpeg .vob "
-              ".wmv .asf .ogv .qt".split())
+AUDIO = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".m4a", ".aac", ".aif", ".aiff", ".aifc",
+         ".wma", ".mka", ".au", ".caf", ".w64", ".amr", ".ac3", ".mp2", ".weba", ".spx")
+VIDEO = (".mp4", ".m4v", ".mkv", ".webm", ".mov", ".avi", ".flv", ".f4v", ".3gp", ".3g2", ".ts",
+         ".m2ts", ".mts", ".mpg", ".mpeg", ".vob", ".wmv", ".asf", ".ogv", ".qt")
 SPLITS = ("train", "val", "test")
 TABLES = {  # dataset -> its publisher's table of each split
     "audioset": ("unbalanced_train_segments.csv", "balanced_train_segments.csv",
@@ -442,7 +444,10 @@ def read_text(path):
 
 
 def read_table(path, make):
-    """make({column: field}) for each row of a publisher's CSV -> list. Raises Unreadable."""
+    """make({column, lower case: field}) for each row of a publisher's CSV -> list.
+
+    Raises Unreadable: file, line, what is needed and what is there.
+    """
     text, columns, made = read_text(path), None, []
     delimiter = max(",;\t", key=text.partition("\n")[0].count)
     if text.startswith("#"):  # AudioSet's, with comments for a header
@@ -450,17 +455,21 @@ def read_table(path, make):
         text = re.sub("(?m)^#.*", "", text)
     elif Path(path).name.startswith("vggsound"):
         columns = ("youtube_id", "start_time", "label", "split")
-    rows = csv.DictReader(io.StringIO(text), columns, "surplus", delimiter=delimiter,
+    rows = csv.DictReader(io.StringIO(text), columns, restkey="surplus", delimiter=delimiter,
                           skipinitialspace=True)
     with reading(path, "table"):
         for row in rows:
             if not any(row.values()):  # as spreadsheets leave them
                 continue
-            with reading(f"{path}:{rows.line_num}", f"row as published in {row}"):
+            try:
                 if "surplus" in row or not all(row.values()):
                     raise ValueError("each column needs a field, none empty, commas in quotes")
                 row = {column.strip().lower(): field.strip() for column, field in row.items()}
                 made.append(make(row))
+            except KeyError as error:
+                raise Unreadable(f"{path}:1: needed is a column {error}; there is {row}") from None
+            except ValueError as error:
+                raise Unreadable(f"{path}:{rows.line_num}: {error}; there is {row}") from None
         if not made:
             raise ValueError("no rows in it")
     return made
@@ -503,6 +512,8 @@ def read_index(path, need=()):
 
 def clip_of(row, folder, names, need):
     """A line of the index in `folder` -> Clip. Raises ValueError."""
+    if not isinstance(row, dict):
+        raise ValueError("each line is one {…}")
     lists = {}
     for key in ("audio", "frames", "labels", "captions", "aclip", "frame"):
         value = row.get(key) or []
@@ -596,11 +607,12 @@ def segment_of(video, start, end, split="", **rest):
 
 def find_files(folder, endings):
     """Files below a folder with one of these endings, links followed -> paths, videos last."""
-    found, seen = [], {}
+    found, seen = [], set()
     for place, folders, names in os.walk(folder, followlinks=True):
-        if seen.setdefault(os.path.realpath(place), place) != place:  # a link that leads back up
+        if os.path.realpath(place) in seen:  # a link that leads back up
             folders.clear()
             continue
+        seen.add(os.path.realpath(place))
         found += [os.path.join(place, name) for name in names
                   if name.lower().endswith(endings) and not name.startswith(".")]
     return sorted(found, key=lambda path: (path.lower().endswith(VIDEO), path))
@@ -1033,7 +1045,9 @@ def make_toy(folder, seed=0, splits=TOY_SPLITS, workers=2):
     part = folder.with_name(f"{folder.name}.part")
     for name in ("audio", "frames"):
         (part / name).mkdir(parents=True, exist_ok=True)
-    jobs = [(split, i) for split, count in splits.items() for i in range(count)]
+    jobs = []
+    for split, count in splits.items():
+        jobs += [(split, i) for i in range(count)]
     made = in_processes(partial(make_toy_clip, folder=part, seed=seed), jobs, workers)
     indexes = {split: [] for split in (*splits, "gold")}
     for row, (split, _) in zip(tqdm(made, desc="toy world", unit=" clips"), jobs):

@@ -477,6 +477,7 @@ def search(model, heard, queries, top):
 def run_tasks(models, args, out):
     """Measure with each model, save (the first's results, "beside" them the others'), print."""
     tasks, runs, errors = list(TASKS) if args.task == "all" else [args.task], [], []
+    parts = {}  # of all models' results, in order
     for model in models:
         results = {}
         for task in tasks:
@@ -485,6 +486,7 @@ def run_tasks(models, args, out):
                 results |= measure(model, task, folder)
             except (OSError, ValueError) as error:
                 errors.append(f"{model.name}, {task}: not measured. {error}")
+        parts |= results
         if results:
             runs.append({"checkpoint": model.name, "row": args.row or model.row,
                          "results": results})
@@ -499,7 +501,7 @@ def run_tasks(models, args, out):
         for one in runs:
             tell(one["row"], one["results"])
         return
-    for part in dict.fromkeys(part for one in runs for part in one["results"]):
+    for part in parts:
         with_part = [one for one in runs if part in one["results"]]
         show(part, with_part)
         if "by class" in with_part[0]["results"][part]:

@@ -72,7 +72,7 @@ class Attention(nn.Module):
         """(B, N, C) -> (B, N, C); with `first_only` the first token alone asks, -> (B, 1, C)."""
         C = x.shape[2]
         queries = x[:, :1] if first_only else x                                  # (B, ·, C)
-        q = F.linear(queries, self.in_proj_weight[:C], self.in_proj_bias[:C])     # (B, ·, C)
+        q = F.linear(queries, self.in_proj_weight[:C], self.in_proj_bias[:C])    # (B, ·, C)
         kv = F.linear(x, self.in_proj_weight[C:], self.in_proj_bias[C:])         # (B, N, 2C)
         k, v = kv.split(C, dim=2)                                                # 2 × (B, N, C)
         # each head sees its own part of the width: (B, ·, C) -> (B, heads, ·, C/heads)
@@ -259,10 +259,10 @@ def parameter_groups(module, lr_weights, lr_biases, weight_decay):
 
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling (You et al., 2017; Table 5).
+    """Layer-wise adaptive rate scaling (Table 5), as the authors' code has it.
 
-    With `adapt` the trust ratio is η‖p‖ / ‖g + wd·p‖ (1 where a norm is 0). Differs from You et
-    al.: wd·p within the norm, the rate outside of the momentum, as in the authors' code."""
+    With `adapt` the trust ratio is η‖p‖ / ‖g + wd·p‖ (1 where a norm is 0), unlike You et al.'s.
+    """
 
     def __init__(self, groups, lr=0.0, weight_decay=0.0, momentum=0.9, eta=0.001, adapt=True):
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum,
@@ -288,7 +288,7 @@ class LARS(torch.optim.Optimizer):
                 torch._foreach_mul_(updates, ratio.unbind())
             torch._foreach_mul_(momenta, group["momentum"])
             torch._foreach_add_(momenta, updates)
-            torch._foreach_add_(params, momenta, alpha=-group["lr"])
+            torch._foreach_add_(params, momenta, alpha=-group["lr"])  # unlike You et al., too
 
 
 def schedule(step, steps, warmup_steps, end=0.001):

@@ -516,8 +516,8 @@ def training_clips(folder, leave_out):
     whole = [clip for clip in listed if clip.audio and clip.frames]
     held_out = set() if leave_out == "none" else held_out_by_audiocaps(leave_out, folder)
     clips = [clip for clip in whole if clip.id[:11] not in held_out]
-    print0(f"{folder}: {len(clips)} of {len(listed)} clips train; {len(whole) - len(clips)} with "
-           f"sound and frames are left out, for AudioCaps tests their videos")
+    print0(f"{folder}: {len(clips)} of {len(listed)} clips train; {len(listed) - len(whole)} lack "
+           f"sound or frames, {len(whole) - len(clips)} are of videos that AudioCaps tests")
     if not clips:
         raise ValueError(f"{folder}: no clip to train on; python data.py extract cuts sound and "
                          f"frames out of videos")
@@ -589,7 +589,8 @@ def main():
     settings = replace(settings, out=settings.out or default)
     pretrain(settings, device)
     flags = ["--checkpoint", f"{settings.out}/checkpoint.pt", "--task", "toy" if toy else "all"]
-    print0(f"next: python evaluate.py {' '.join(flags)} (or search --audio FOLDER --query WORDS)")
+    print0(f"next: python evaluate.py {' '.join(flags)}, or for sounds of your own, with the same "
+           f"checkpoint, --task search --audio FOLDER --query WORDS")
     if toy and rank_and_size()[1] == 1:
         script = Path(__file__).with_name("evaluate.py")
         sys.exit(subprocess.run([sys.executable, script, *flags], check=False).returncode)

@@ -218,8 +218,7 @@ def bench_cuda():
 def main():
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     print(f"{platform.machine()}, {os.cpu_count()} cores, {gpu}, torch {torch.__version__}\n")
-    row("what", "here", "yardstick", "ratio, above 1 is faster")
-    row("---", "---", "---", "---")
+    print("| what | here | yardstick | ratio, above 1 is faster |\n|---|---|---|---|")
     bench_step()
     bench_mining(10_000, 100_000, "cpu")
     bench_filterbanks()  # on one thread, as all that follows
