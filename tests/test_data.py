@@ -315,13 +315,13 @@ def test_a_folder_of_videos_becomes_a_dataset_even_if_killed_at_random_moments(t
     for i in range(4):
         make_video(videos / f"{i}.mp4", seconds=16 if i else 14)
     make_video(videos / "silent.mp4", sound=())
-    make_video(videos / "apart.f248.mp4", seconds=10, sound=())
-    encode(videos / "apart.f251.webm", chirp(10, 48_000), "libopus", 48_000)
+    make_video(videos / "apart.f248.mp4", seconds=16, sound=())
+    encode(videos / "apart.f251.webm", chirp(16, 48_000), "libopus", 48_000)
     (videos / "broken.mp4").write_bytes(b"no video" * 99)
     flags = ["extract", "--videos", videos, "--sample-rate", RATE, "--workers", 1, "--out"]
     said = run("data.py", *flags, one)
     assert "silent.mp4" in said.stderr and "broken.mp4" in said.stderr
-    assert "8 done, 2 unreadable" in said.stdout.replace("\n", " ")
+    assert "9 done, 2 unreadable" in said.stdout.replace("\n", " ")
     train, val = (read_index(one / f"{split}.jsonl") for split in ("train", "val"))
     of_val, = {clip.video for clip in val}
     assert {clip.video for clip in train} == {"0", "1", "2", "3", "apart"} - {of_val}
