@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clip_load import Tokenizer, find_clip, find_vocabulary, load_clip, short_digest
-from data import (add_labels, dataset_folder, read_coco_captions, read_published, read_split, run,
-                  write_whole)
+from data import (add_labels, captions_of, dataset_folder, read_coco_captions, read_published,
+                  read_split, run, write_whole)
 from evaluate import PROMPT
 from model import barrier, join_ranks, print0, rank_and_size
 from pretrain import (CHUNK, TOY, Training, frame_bank, in_chunks, open_chunk, parse, setting,
@@ -70,7 +70,7 @@ def caption_pool(source, folder, out):
     elif source == "ac":  # the captions alone: whose they are is not looked at
         listed = read_published(dataset_folder("audiocaps") / "train.csv")
         listed += read_split("clotho", dataset_folder("clotho"), "train")
-        lines = [caption for each in listed for caption in each.captions]
+        lines = captions_of(listed)
     elif source == "vc":
         coco = dataset_folder("mscoco")
         lines = read_coco_captions(coco, "train") + read_coco_captions(coco, "val")
@@ -198,7 +198,7 @@ def gold_pairs(source, folder, seed):
         clips = add_labels(clips, dataset_folder("audioset"))
     captions = [clip.labels if source == "gl" else clip.captions for clip in clips]
     if source == "rc":  # as in Table 2; §3.3 has "a random caption from AC"
-        pool = [caption for clip in clips for caption in clip.captions]
+        pool = captions_of(clips)
         drawn = np.random.default_rng(seed).integers(len(pool), size=len(clips))
         captions = [[pool[j]] for j in drawn]
     return clips, lambda i: {"captions": captions[i]}

@@ -331,8 +331,14 @@ class FrontEnd:
 
 
 class Remember(FrontEnd):
-    """A front end that keeps what it has read."""
-    load = cache(FrontEnd.load)
+    """A front end that keeps the filterbanks of what it has read, and takes them for waveforms."""
+    @cache
+    def load(self, path):
+        wave, length = super().load(path)
+        return super().__call__(wave[None], torch.tensor([length]))[0], length   # (1, T, F)
+
+    def __call__(self, x, lengths):
+        return x
 
 
 def mask(x, draws):
@@ -423,8 +429,10 @@ GET_IT = "Get it: README.md, 'Datasets'; or try without a download: python pretr
 
 
 def dataset_folder(place):
-    """data/<place> for a dataset's name, else `place`. Raises FileNotFoundError (how to get it)."""
-    folder = Path("data") / place if place in (*TABLES, "mscoco", "toy") else Path(place)
+    """A folder by its name in data/ or by its path. Raises FileNotFoundError (how to get it)."""
+    folder = Path("data") / place
+    if "/" in place or Path(place).is_dir() and not folder.is_dir():
+        folder = Path(place)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder. {GET_IT}")
     return folder
@@ -475,6 +483,14 @@ def read_table(path, make):
     return made
 
 
+def class_names(folder):
+    """AudioSet's classes {mid: name}, in the order of its table; {} where `folder` lacks that."""
+    table = Path(folder) / "class_labels_indices.csv"
+    if table.exists():
+        return dict(read_table(table, lambda row: (row["mid"], row["display_name"])))
+    return {}
+
+
 def spelling(name):
     """A file's name, the same for NFC and NFD, in any case, with any number of blanks."""
     return " ".join(unicodedata.normalize("NFC", name).lower().split())
@@ -495,71 +511,46 @@ def inside(folder, name):
     return os.path.join(parent, spellings(parent).get(spelling(base), base))
 
 
-def read_index(path, need=()):
-    """Lines of an index, each with the keys in `need` -> list of Clip. Raises Unreadable."""
-    path, clips = Path(path), {}
-    names = class_names(path.parent)
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if line.strip():
-            with reading(f"{path}:{number}", "JSON object of a clip"):
-                clip = clip_of(json.loads(line), path.parent, names, need)
-                if clips.setdefault(clip.id, clip) is not clip:
-                    raise ValueError(f"a second clip with the id {clip.id}")
-    if not clips:
-        raise Unreadable(f"{path}: no clips in it")
-    return list(clips.values())
+def find_files(folder, endings):
+    """Files below a folder with one of these endings, links followed -> paths, videos last."""
+    found, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(place) in seen:  # a link that leads back up
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(place))
+        found += [os.path.join(place, name) for name in names
+                  if name.lower().endswith(endings) and not name.startswith(".")]
+    return sorted(found, key=lambda path: (path.lower().endswith(VIDEO), path))
 
 
-def clip_of(row, folder, names, need):
-    """A line of the index in `folder` -> Clip. Raises ValueError."""
-    if not isinstance(row, dict):
-        raise ValueError("each line is one {…}")
-    lists = {}
-    for key in ("audio", "frames", "labels", "captions", "aclip", "frame"):
-        value = row.get(key) or []
-        lists[key] = [value] if isinstance(value, str) else value
-        if not all(isinstance(text, str) for text in lists[key]):
-            raise ValueError(f"{key} must be a list of strings")
-    if "dir" in row:  # the authors' form
-        for key, kind in (("audio", "aclip"), ("frames", "frame")):
-            lists[key] = [f"{row['dir']}/{kind}/{row['id']}.{ending}" for ending in lists[kind]]
-    missing = [key for key in ("id", *need) if lists.get(key, row.get(key)) in (None, "", [])]
-    if missing:
-        raise ValueError(f"lacks {', '.join(missing)}; has {', '.join(sorted(row))}")
-    audio = inside(folder, lists["audio"][0]) if lists["audio"] else ""
-    frames = tuple(inside(folder, frame) for frame in lists["frames"])
-    labels = tuple(names.get(label, label) for label in lists["labels"])
-    return Clip(str(row["id"]), audio, frames, labels, tuple(lists["captions"]),
-                int(row.get("fold") or 0))
+# AudioSet, AudioCaps and VGGSound come as YouTube's ids; what is on disk is named after them.
+def segment_of(video, start, end, split="", **rest):
+    """A stretch of a video, in s -> Clip, not yet on disk."""
+    return Clip(f"{video}_{round(start, 3):g}", start=start, end=end, split=split, **rest)
 
 
-def read_split(name, folder, split="test", need=()):
-    """A split of a dataset -> list of Clip: <split>.jsonl where it is there, else as published.
+def with_files(segments, paths):
+    """Each segment with its files, likeliest first -> [(segment, [(begins there, path)])].
 
-    need: keys that an index's lines must have. Raises FileNotFoundError, ValueError.
+    A file's name is AudioCaps' own number, or holds the video's id (Y{id}, Title [{id}], ...), then
+    perhaps the second or millisecond that it begins at; else it is the whole video.
     """
-    index = Path(folder) / f"{split}.jsonl"
-    if index.exists():
-        return read_index(index, need)
-    table = table_of(name, folder, split)
-    if not table.exists():
-        raise FileNotFoundError(f"{folder}: neither {index.name} nor {table.name} in it. {GET_IT}")
-    clips = [clip for clip in read_published(table) if clip.split in ("", split)]
-    if any(clip.audio for clip in clips):  # which their table names
-        return clips
-    found = with_files(clips, find_files(table.parent, AUDIO))
-    return [replace(clip, audio=files[0][1]) if files else clip for clip, files in found]
-
-
-def read_published(path):
-    """A publisher's table -> list of Clip; those out of YouTube's videos have no files yet."""
-    path, clips = Path(path), {}
-    for new in read_table(path, partial(clip_of_row, table=path, names=class_names(path.parent))):
-        clip = clips.setdefault(new.id, new)
-        if clip is not new:  # AudioCaps has a row a caption
-            clips[clip.id] = replace(clip, captions=clip.captions + new.captions,
-                                     audiocap_ids=clip.audiocap_ids + new.audiocap_ids)
-    return list(clips.values())
+    named, found = defaultdict(list), defaultdict(list)
+    for segment in segments:
+        for name in (segment.video, *segment.audiocap_ids):
+            named[name].append(segment)
+    for path in paths:
+        stem = os.path.splitext(os.path.basename(path))[0]
+        for at in range(max(1, len(stem) - 10)):
+            for segment in named.get(stem[at:at + 11], ()):
+                start = re.match(r"\]?[ _.,-]*(\d+)", stem[at + 11:])
+                begins_there = bool(start) or len(stem) < 11
+                if not start or int(start[1]) in (int(segment.start), int(1000 * segment.start)):
+                    found[segment.id].append((begins_there, path))
+    for files in found.values():
+        files.sort(key=lambda file: not file[0])
+    return [(segment, found[segment.id]) for segment in segments]
 
 
 def clip_of_row(row, table, names):
@@ -589,6 +580,73 @@ def clip_of_row(row, table, names):
                       audiocap_ids=(row.get("audiocap_id"),))
 
 
+def read_published(path):
+    """A publisher's table -> list of Clip; those out of YouTube's videos have no files yet."""
+    path, clips = Path(path), {}
+    for new in read_table(path, partial(clip_of_row, table=path, names=class_names(path.parent))):
+        clip = clips.setdefault(new.id, new)
+        if clip is not new:  # AudioCaps has a row a caption
+            clips[clip.id] = replace(clip, captions=clip.captions + new.captions,
+                                     audiocap_ids=clip.audiocap_ids + new.audiocap_ids)
+    return list(clips.values())
+
+
+def clip_of(row, folder, names, need):
+    """A line of the index in `folder` -> Clip. Raises ValueError."""
+    if not isinstance(row, dict):
+        raise ValueError("each line is one {…}")
+    lists = {}
+    for key in ("audio", "frames", "labels", "captions", "aclip", "frame"):
+        value = row.get(key) or []
+        lists[key] = [value] if isinstance(value, str) else value
+        if not all(isinstance(text, str) for text in lists[key]):
+            raise ValueError(f"{key} must be a list of strings")
+    if "dir" in row:  # the authors' form
+        for key, kind in (("audio", "aclip"), ("frames", "frame")):
+            lists[key] = [f"{row['dir']}/{kind}/{row['id']}.{ending}" for ending in lists[kind]]
+    missing = [key for key in ("id", *need) if lists.get(key, row.get(key)) in (None, "", [])]
+    if missing:
+        raise ValueError(f"lacks {', '.join(missing)}; has {', '.join(sorted(row))}")
+    audio = inside(folder, lists["audio"][0]) if lists["audio"] else ""
+    frames = tuple(inside(folder, frame) for frame in lists["frames"])
+    labels = tuple(names.get(label, label) for label in lists["labels"])
+    return Clip(str(row["id"]), audio, frames, labels, tuple(lists["captions"]),
+                int(row.get("fold") or 0))
+
+
+def read_index(path, need=()):
+    """Lines of an index, each with the keys in `need` -> list of Clip. Raises Unreadable."""
+    path, clips = Path(path), {}
+    names = class_names(path.parent)
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if line.strip():
+            with reading(f"{path}:{number}", "JSON object of a clip"):
+                clip = clip_of(json.loads(line), path.parent, names, need)
+                if clips.setdefault(clip.id, clip) is not clip:
+                    raise ValueError(f"a second clip with the id {clip.id}")
+    if not clips:
+        raise Unreadable(f"{path}: no clips in it")
+    return list(clips.values())
+
+
+def read_split(name, folder, split="test", need=()):
+    """A split of a dataset -> list of Clip: <split>.jsonl where it is there, else as published.
+
+    need: keys that an index's lines must have. Raises FileNotFoundError, ValueError.
+    """
+    index = Path(folder) / f"{split}.jsonl"
+    if index.exists():
+        return read_index(index, need)
+    table = table_of(name, folder, split)
+    if not table.exists():
+        raise FileNotFoundError(f"{folder}: neither {index.name} nor {table.name} in it. {GET_IT}")
+    clips = [clip for clip in read_published(table) if clip.split in ("", split)]
+    if any(clip.audio for clip in clips):  # which their table names
+        return clips
+    found = with_files(clips, find_files(table.parent, AUDIO))
+    return [replace(clip, audio=files[0][1]) if files else clip for clip, files in found]
+
+
 def read_coco_captions(folder, split):
     """MSCOCO 2014's captions of a split (train, val) -> list of str."""
     name = f"captions_{split}2014.json"
@@ -599,58 +657,19 @@ def read_coco_captions(folder, split):
     raise FileNotFoundError(f"{folder}: no {name} in it. {GET_IT}")
 
 
-# AudioSet, AudioCaps and VGGSound come as YouTube's ids; what is on disk is named after them.
-def segment_of(video, start, end, split="", **rest):
-    """A stretch of a video, in s -> Clip, not yet on disk."""
-    return Clip(f"{video}_{round(start, 3):g}", start=start, end=end, split=split, **rest)
-
-
-def find_files(folder, endings):
-    """Files below a folder with one of these endings, links followed -> paths, videos last."""
-    found, seen = [], set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(place) in seen:  # a link that leads back up
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(place))
-        found += [os.path.join(place, name) for name in names
-                  if name.lower().endswith(endings) and not name.startswith(".")]
-    return sorted(found, key=lambda path: (path.lower().endswith(VIDEO), path))
-
-
-def with_files(segments, paths):
-    """Each segment with its files, likeliest first -> [(segment, [(begins there, path)])].
-
-    A file's name is AudioCaps' own number, or holds the video's id (Y{id}, Title [{id}], ...), then
-    perhaps the second or millisecond that it begins at; else it is the whole video.
-    """
-    named, found = defaultdict(list), defaultdict(list)
-    for segment in segments:
-        for name in (segment.video, *segment.audiocap_ids):
-            named[name].append(segment)
-    for path in paths:
-        stem = os.path.splitext(os.path.basename(path))[0]
-        for at in range(max(1, len(stem) - 10)):
-            for segment in named.get(stem[at:at + 11], ()):
-                start = re.match(r"\]?[ _.,-]*(\d+)", stem[at + 11:])
-                begins_there = bool(start) or len(stem) < 11
-                if not start or int(start[1]) in (int(segment.start), int(1000 * segment.start)):
-                    found[segment.id].append((begins_there, path))
-    return [(segment, sorted(found[segment.id], key=lambda file: not file[0]))
-            for segment in segments]
-
-
-def class_names(folder):
-    """AudioSet's classes {mid: name}, in the order of its table; {} where `folder` lacks that."""
-    table = Path(folder) / "class_labels_indices.csv"
-    if table.exists():
-        return dict(read_table(table, lambda row: (row["mid"], row["display_name"])))
-    return {}
+def captions_of(clips):
+    """All captions of clips, one clip's after another's -> list of str."""
+    captions = []
+    for clip in clips:
+        captions += clip.captions
+    return captions
 
 
 def labels_of(clips, folder):
     """Labels in AudioSet's order where `folder` holds its classes, else the clips' own, sorted."""
-    used = {label for clip in clips for label in clip.labels}
+    used = set()
+    for clip in clips:
+        used.update(clip.labels)
     known = list(class_names(folder).values())
     if known and (strange := used - set(known)):
         raise ValueError(f"{folder}/class_labels_indices.csv: lacks {min(strange)!r}, a label")
@@ -862,26 +881,21 @@ def extract(table, videos, out, sample_rate=FrontEnd.sample_rate, workers=2):
         print(f"next: python pretrain.py --data {out}")
 
 
-def log_mel_moments(clip, front_end):
-    """Mean and mean square of a clip's log-mel values; None for a bad clip."""
-    try:
-        wave, length = front_end.load(clip.audio)
-    except Unreadable as error:
-        print(f"skipped: {error}", file=sys.stderr)
-        return None
-    x = front_end(wave[None], torch.tensor([length])).double()                   # (1, 1, T, F)
-    return x.mean().item(), x.square().mean().item()
+def statistics(clips, front_end):
+    """Print mean and std of clips' log-mel values, padding included. Raises ValueError (none).
 
-
-def statistics(clips, front_end, workers=2):
-    """Print mean and std of clips' log-mel values, padding included. Raises ValueError (none)."""
-    plain = replace(front_end, mean=0.0, std=1.0)
-    moments = in_processes(partial(log_mel_moments, front_end=plain), clips, workers)
-    moments = [each for each in tqdm(moments, unit=" clips") if each is not None]
+    Of more than 10,000 clips so many are drawn at random.
+    """
+    plain, moments = replace(front_end, mean=0.0, std=1.0), []
+    for i in tqdm(np.random.default_rng(0).permutation(len(clips))[:10_000], unit=" clips"):
+        with suppress(Unreadable):
+            wave, length = plain.load(clips[i].audio)
+            x = plain(wave[None], torch.tensor([length])).double()               # (1, 1, T, F)
+            moments.append((x.mean().item(), x.square().mean().item()))
     if not moments:
         raise ValueError(f"not one of {len(clips)} clips can be read")
     mean, square = np.mean(moments, axis=0)
-    print(f"{len(moments)} clips, as {front_end}:\n"
+    print(f"{len(moments)} clips that can be read, as {front_end}:\n"
           f"--mean {mean:.6f} --std {math.sqrt(square - mean ** 2):.6f}")
 
 
@@ -1022,7 +1036,7 @@ def write_toy_vocabulary(path):
         texts += vision_captions(thing, yes, yes) + audio_captions(thing, yes)
     words = [[*word[:-1], word[-1] + "</w>"] for word in set(" ".join(texts).split())]
     text = "#version: toy\n"
-    while pairs := Counter(pair for units in words for pair in itertools.pairwise(units)):
+    while pairs := Counter(itertools.chain.from_iterable(map(itertools.pairwise, words))):
         left, right = max(sorted(pairs), key=pairs.get)
         text += f"{left} {right}\n"
         for units in words:
@@ -1094,7 +1108,7 @@ def main():
         name = args.data if args.data in TABLES else "audioset"
         clips = read_split(name, dataset_folder(args.data), "train")
         front_end = FrontEnd(args.sample_rate, args.mels, args.frames)
-        statistics([clip for clip in clips if clip.audio], front_end, args.workers)
+        statistics([clip for clip in clips if clip.audio], front_end)
 
 
 if __name__ == "__main__":

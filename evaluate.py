@@ -27,9 +27,9 @@ from itertools import islice
 from pathlib import Path
 
 from clip_load import digest, lengthen, short_digest, unpack_clip
-from data import (AUDIO, VIDEO, Unreadable, audio_windows, dataset_folder, find_files, labels_of,
-                  load_audio, load_image, read_published, read_split, read_text, run, table_of,
-                  write_whole)
+from data import (AUDIO, VIDEO, Unreadable, audio_windows, captions_of, dataset_folder, find_files,
+                  labels_of, load_audio, load_image, read_published, read_split, read_text, run,
+                  table_of, write_whole)
 from model import join_ranks, print0, rank_and_size, unit
 from pretrain import (AudioLearner, Training, audio_encoder_of, embed_all, load_checkpoint,
                       open_chunk, top1_hits)
@@ -189,7 +189,7 @@ def prepare(model, name, folder, kinds, need=(), split="test"):
 def retrieval(model, name, folder, by="audio"):
     """Sounds, or by="frames" second frames (OracleAV-CLIP), and captions (Tables 3, 8)."""
     clips, about, features = prepare(model, name, folder, (by,), ("captions",))
-    captions = sum((clip.captions for clip in clips), ())
+    captions = captions_of(clips)
     gallery = torch.tensor([clip.fold for clip in clips])  # the toy's test set has several
     count, size = len(clips[0].captions), len(clips) / len(gallery.unique())
     M, values, chance = round(count * size), {}, about["chance"]
@@ -244,7 +244,7 @@ def image_audio(model, name, folder):
 def pivots(model, name, folder):
     """How far images lead from sounds to their captions (App. F, Fig. 10)."""
     clips, about, *features = prepare(model, name, folder, ("audio", "frames"), ("captions",))
-    texts, values = model.embed_texts(sum((clip.captions for clip in clips), ())), {}
+    texts, values = model.embed_texts(captions_of(clips)), {}
     for k in (1, 5, 20):
         share = pivotability(*features, texts, k)                                # (N,)
         values[f"pivotability_{k}"] = interval(share)

@@ -18,7 +18,8 @@ from pathlib import Path
 from clip_load import (audio_encoder_from_clip, digest, find_clip, load_clip, short_digest,
                        unpack_clip)
 from curate import PAPER_PAIRS, POOL_PROMPTS, folder_of, gold_clips
-from data import FrontEnd, dataset_folder, labels_of, read_index, read_split, run, write_whole
+from data import (FrontEnd, captions_of, dataset_folder, labels_of, read_index, read_split, run,
+                  write_whole)
 from evaluate import average_precision, retrieval_metrics
 from model import VisionTransformer, join_ranks, print0, rank_and_size, unit
 from pretrain import (AudioLearner, AudioSamples, Bank, Training, audio_encoder_of, check_input,
@@ -128,7 +129,9 @@ def take_pairs(clips, count, seed):
 
     Returns clips with the captions that were taken. Raises ValueError where there are fewer.
     """
-    pairs = [(i, caption) for i, clip in enumerate(clips) for caption in clip.captions]
+    pairs = []
+    for i, clip in enumerate(clips):
+        pairs += [(i, caption) for caption in clip.captions]
     if not 0 < count <= len(pairs):
         raise ValueError(f"--pairs {count}: there are {len(pairs)}")
     taken = {}
@@ -158,7 +161,7 @@ def recall_on(folder, clip, tokenizer, device, workers):
         return lambda learner: {}
     count = len(clips[0].captions)
     clips = [c for c in clips if len(c.captions) == count]
-    tokens = tokenizer([caption for c in clips for caption in c.captions])       # (5N, L)
+    tokens = tokenizer(captions_of(clips))                                       # (5N, L)
     texts = [clip.encode_text(part.to(device)).cpu() for part in tokens.split(256)]
     texts = torch.cat(texts)                                                     # (5N, D)
 
@@ -180,7 +183,7 @@ def finetune_on_captions(settings, device):
     encoder, front_end = audio_encoder_of(checkpoint, settings.init)
     clip, tokenizer = unpack_clip(checkpoint["clip"], device)
     clips = paired_clips(out.parent / f"{source}.jsonl", settings, folder)
-    captions = list(dict.fromkeys(caption for c in clips for caption in c.captions))
+    captions = list(dict.fromkeys(captions_of(clips)))
     if settings.pairs:
         clips = take_pairs(clips, settings.pairs, settings.seed)
     targets = [caption_bank(banks, clips, captions, clip, tokenizer, device)]
@@ -287,7 +290,7 @@ def finetune_on_labels(settings, device):
         learner = HeadLearner(copy.deepcopy(start), front_end, len(classes), loss,
                               settings.last_layers)
         samples = MixedSamples(clips, [Labels(clips, classes)], front_end, settings.seed)
-        samples.mixup = settings.mixup
+        samples.mixup, samples.front_end = settings.mixup, front_end  # waveforms are what it mixes
         check_input(samples)
         target = Labels(test, classes).rows                                      # (N, K)
 

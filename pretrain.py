@@ -19,6 +19,7 @@ import timeit
 from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
 
 from clip_load import (Tokenizer, audio_encoder_from_clip, blank_audio_encoder, check_zip, digest,
@@ -86,8 +87,7 @@ class Settings(Training):
     stride_mel: int = setting(24, "mel bins between patches")
 
 
-# The paper at half its scale: 64 mel bins, patches of 16 pixels (the toy CLIP's), side by side.
-# Mean and std are the toy's own; 62 steps are an epoch.
+# The paper at half its scale, patches side by side; mean and std are its own; 62 steps an epoch.
 TOY = Settings(data="toy", leave_out="none", clip="out/toy/clip/clip.pt",
                vocab="data/toy/vocab.txt.gz", sample_rate=16_000, mels=64, frames=100, mean=-2.16,
                std=3.5, stride_time=16, stride_mel=16, batch=64, epochs=9, warmup_epochs=0.5,
@@ -194,8 +194,8 @@ def text_bank(folder, texts, clip, tokenizer, device):
 
 def frame_bank(folder, clips, clip, device, workers):
     """Bank of CLIP's embeddings of all frames of clips."""
-    frames = [frame for c in clips for frame in c.frames]
-    names = [f"{c.id} {os.path.basename(frame)}" for c in clips for frame in c.frames]
+    frames = list(chain.from_iterable(c.frames for c in clips))
+    names = [c.id for c in clips] + [os.path.basename(frame) for frame in frames]
     read = partial(load_image, size=clip.image_size)
     paths = embed_to_disk(folder, "frames", names, frames, read,
                           lambda images: unit(clip.encode_image(images.to(device))), clip, workers)
@@ -262,15 +262,14 @@ class AudioLearner(nn.Module):
 
 
 class AudioSamples(Dataset):
-    """Clips with banks of targets. samples[epoch, i] is a waveform, a row of each bank, and draws
-    for masks; all chance in it follows from seed, epoch and i, whoever reads it when.
-    """
+    """Clips with banks of targets. samples[epoch, i] is a waveform (of a small set, filterbanks),
+    a row of each bank, and draws for masks; all chance in it follows from seed, epoch and i."""
 
     def __init__(self, clips, banks, front_end, seed):
         # an array, for forked workers copy a list's strings when they count references to them
         self.paths = np.array([os.fsencode(clip.audio) for clip in clips])
         self.banks, self.front_end, self.seed = banks, front_end, seed
-        if 4 * len(clips) * front_end.samples < 2 ** 28:  # bytes: each worker decodes it once
+        if 4 * len(clips) * front_end.frames * front_end.mels < 2 ** 28:  # bytes
             self.front_end = Remember(**asdict(front_end))
 
     def __len__(self):
@@ -407,6 +406,7 @@ def train(learner, samples, settings, about, validate, device):
     bf16 = settings.precision == "bf16" or settings.precision == "auto" and fast
     settings = replace(settings, precision="bf16" if bf16 else "fp32")
     learner.to(device).train()
+    learner.front_end = samples.front_end
     optimizer = make_optimizer(learner, settings)
     start = resume(path, learner, optimizer, settings, about)
     learner.audio_encoder.transformer.recompute = settings.recompute

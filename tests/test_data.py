@@ -337,7 +337,7 @@ def test_a_folder_of_videos_becomes_a_dataset_even_if_killed_at_random_moments(t
 # ------------------------------------------------------------------------------------- the rest
 def test_statistics_are_those_of_the_encoders_input(world, capsys):
     clips = read_index(world / "test.jsonl")[:8]
-    data.statistics([*clips, Clip("bad", "no.wav")], data.FrontEnd(RATE, 32, frames=120), workers=0)
+    data.statistics([*clips, Clip("bad", "no.wav")], data.FrontEnd(RATE, 32, frames=120))
     said = capsys.readouterr().out.split()
     normal = data.FrontEnd(RATE, 32, 120, float(said[-3]), float(said[-1]))
     x = torch.cat([normal(wave[None], torch.tensor([length]))
