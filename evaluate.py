@@ -8,10 +8,6 @@
     python evaluate.py --task tag --audio street.wav --labels "Male speech, man speaking" rain
     python evaluate.py --task search --audio RECORDINGS --query "glass breaking" --top 10
 
---data: the dataset's folder (data/<name>); --out: where <task>.json and charts go (beside the
-checkpoint); --row: of the paper's tables, to print beside; --list-missing FILE: clips not on disk;
---target: scaling's accuracy to reach (81 %, people); --labels: also a file, a label a line.
-
 N clips, M captions, K classes, W windows, D embedding; a2t audio to text, i2a image to audio
 """
 import argparse
@@ -513,14 +509,16 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
     flag("--task", required=True, choices=[*TASKS, *"toy all scaling curve tag search".split()])
-    flag("--checkpoint", nargs="+", type=Path)
-    flag("--row", choices=PAPER)
-    flag("--target", type=float, default=81)
-    flag("--top", type=int, default=10)
-    for name in ("--data", "--out", "--list-missing"):
-        flag(name)
-    for name in ("--audio", "--labels", "--query"):
-        flag(name, nargs="+")
+    flag("--checkpoint", nargs="+", type=Path, help="one, or several side by side")
+    flag("--data", help="a dataset's name or its folder (data/<the task's>)")
+    flag("--out", help="where <task>.json and charts go (beside the checkpoint)")
+    flag("--row", choices=PAPER, help="of the paper's tables, to print beside (as trained)")
+    flag("--list-missing", metavar="FILE", help="for the names of clips that are not on disk")
+    flag("--target", type=float, default=81, help="scaling: accuracy to reach (81 %%, people)")
+    flag("--audio", nargs="+", help="tag, search: recordings, or folders of them")
+    flag("--labels", nargs="+", help="tag: the choice, or a file with a label a line")
+    flag("--query", nargs="+", help="search: words to look for, each in quotes")
+    flag("--top", type=int, default=10, help="search: how many answers (10)")
     args = parser.parse_args()
     sounds = args.task in ("tag", "search")
     if sounds and not (args.audio and (args.query if args.task == "search" else args.labels)):
