@@ -95,8 +95,7 @@ VOCAB_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a
 
 def find(url, sha256, repository, file):
     """Path of a file: in CACHE, had from the hub before, at `url`, or on the hub."""
-    path, hub = CACHE / Path(url).name, f"https://huggingface.co/openai/{repository}"
-    tried = ""
+    path, hub, tried = CACHE / Path(url).name, f"https://huggingface.co/openai/{repository}", ""
     for place in (path, f"{hub}, fetched before", url, hub):
         try:
             if place == url:
@@ -120,11 +119,6 @@ def find_clip(name):
     url = f"{OPENAI}/{MODELS[name]}/{name.replace('/', '-')}.pt"
     hub = name.lower().replace("b/", "base-patch").replace("l/", "large-patch")
     return find(url, MODELS[name], f"clip-{hub}", "pytorch_model.bin")
-
-
-def find_vocabulary(path):
-    """Path of the vocabulary: the one that is named, or CLIP's."""
-    return Path(path) if path else find(VOCAB, VOCAB_SHA256, "clip-vit-base-patch32", "merges.txt")
 
 
 # ------------------------------------------------------------------------------ CLIP's weights
@@ -234,6 +228,15 @@ def load_clip(path, device="cpu"):
     return clip
 
 
+def load_tokenizer(path, clip):
+    """CLIP's tokenizer: of the vocabulary at `path`, or OpenAI's. Raises ValueError (a misfit)."""
+    path = path or find(VOCAB, VOCAB_SHA256, "clip-vit-base-patch32", "merges.txt")
+    tokenizer, needed = Tokenizer(path, clip.context_length), clip.token_embedding.num_embeddings
+    if tokenizer.vocab_size != needed:
+        raise ValueError(f"{path}: {tokenizer.vocab_size} tokens for a CLIP of {needed}: --vocab")
+    return tokenizer
+
+
 def digest(module):
     """16 hex digits that follow from a module's weights."""
     sha256 = hashlib.sha256()
@@ -248,10 +251,7 @@ def short_digest(*texts):
 
 
 def pack_clip(clip, tokenizer):
-    """What a checkpoint carries of CLIP; fp16 where that is exact. Raises ValueError (misfit)."""
-    if tokenizer.vocab_size != clip.token_embedding.num_embeddings:
-        raise ValueError(f"a vocabulary of {tokenizer.vocab_size} tokens for a CLIP of "
-                         f"{clip.token_embedding.num_embeddings}; name CLIP's own with --vocab")
+    """What a checkpoint carries of CLIP; fp16 where that is exact."""
     state = clip.state_dict()
     for key, value in state.items():
         exact = torch.equal(value.half().float(), value)
@@ -360,7 +360,7 @@ def main():
     if len(files) != (2 if name in (*VIPANT, "import-vipant") else 0):
         parser.error("needed: one name, or import-vipant FILE_OR_ADDRESS OUT")
     clip = load_clip(find_clip(args.clip if files else name))
-    packed = pack_clip(clip, Tokenizer(find_vocabulary(args.vocab), clip.context_length))
+    packed = pack_clip(clip, load_tokenizer(args.vocab, clip))
     if files:
         write_whole(files[1], lambda part: import_vipant(files[0], part, clip, packed))
         print(f"python evaluate.py --task search --checkpoint {files[1]} --audio DIR --query WORDS")

@@ -18,7 +18,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from clip_load import Tokenizer, find_clip, find_vocabulary, load_clip, short_digest
+from clip_load import find_clip, load_clip, load_tokenizer, short_digest
 from data import (add_labels, captions_of, dataset_folder, read_coco_captions, read_published,
                   read_split, run, write_whole)
 from evaluate import PROMPT
@@ -169,7 +169,7 @@ def mined_pairs(settings, folder, out, device):
     pool = caption_pool(settings.source, folder, out)
     clips = training_clips(folder, settings.leave_out)
     clip = load_clip(find_clip(settings.clip), device)
-    tokenizer = Tokenizer(find_vocabulary(settings.vocab), clip.context_length)
+    tokenizer = load_tokenizer(settings.vocab, clip)
     texts = [f"{POOL_PROMPTS[settings.source]} {caption}" for caption in pool]
     print0(f"pool of {len(pool)} captions")
     frames = frame_bank(out / "banks", clips, clip, device, settings.workers)

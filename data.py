@@ -175,12 +175,17 @@ def sound_blocks(path):
         for frame in decoded(file, streams[0]):
             rate, block = rate or frame.sample_rate, first_channel(frame)
             if frame.sample_rate != rate:  # two files in one, as `cat a.mp3 b.mp3` leaves them
-                block = resample(path, block, frame.sample_rate, rate).numpy()
+                wave = torch.from_numpy(block)
+                block = torchaudio.functional.resample(wave, frame.sample_rate, rate).numpy()
             yield rate, block
 
 
-def resample(path, wave, rate, new_rate):
-    """Some of a file's sound, array (S,), at another rate in Hz -> tensor. Raises Unreadable."""
+def checked(path, wave, rate, new_rate, silent=False):
+    """A file's sound (S,) at another rate, Hz. Raises Unreadable: below 25 ms, `silent`, NaN."""
+    if len(wave) < 0.025 * rate:
+        raise Unreadable(f"{path}: {1000 * len(wave) / rate:.0f} ms of sound; needed are 25")
+    if silent:
+        raise Unreadable(f"{path}: its first channel, the one that is heard (§3.2.2), is silent")
     if not 1000 <= rate <= 1_000_000:
         raise Unreadable(f"{path}: says it has {rate} samples a second; is its header damaged?")
     if not np.isfinite(wave).all():
@@ -190,15 +195,6 @@ def resample(path, wave, rate, new_rate):
         ratio = Fraction(new_rate, rate).limit_denominator(1000)  # the filter grows with its terms
         wave = torchaudio.functional.resample(wave, ratio.denominator, ratio.numerator)
     return wave.clamp(-1, 1)
-
-
-def checked(path, wave, rate, new_rate, silent=False):
-    """Resampled sound -> tensor. Raises Unreadable: under 25 ms, not finite, or all `silent`."""
-    if len(wave) < 0.025 * rate:
-        raise Unreadable(f"{path}: {1000 * len(wave) / rate:.0f} ms of sound; needed are 25")
-    if silent:
-        raise Unreadable(f"{path}: its first channel, the one that is heard (§3.2.2), is silent")
-    return resample(path, wave, rate, new_rate)
 
 
 def load_audio(path, sample_rate, seconds=None):
@@ -447,7 +443,7 @@ def table_of(name, folder, split):
 
 def read_text(path):
     """A table's or an index's text."""
-    with reading(path, "text in UTF-8"):
+    with reading(path, "file of text in UTF-8"):
         return Path(path).read_text(encoding="utf-8-sig")
 
 
@@ -659,17 +655,12 @@ def read_coco_captions(folder, split):
 
 def captions_of(clips):
     """All captions of clips, one clip's after another's -> list of str."""
-    captions = []
-    for clip in clips:
-        captions += clip.captions
-    return captions
+    return list(itertools.chain.from_iterable(clip.captions for clip in clips))
 
 
 def labels_of(clips, folder):
     """Labels in AudioSet's order where `folder` holds its classes, else the clips' own, sorted."""
-    used = set()
-    for clip in clips:
-        used.update(clip.labels)
+    used = set(itertools.chain.from_iterable(clip.labels for clip in clips))
     known = list(class_names(folder).values())
     if known and (strange := used - set(known)):
         raise ValueError(f"{folder}/class_labels_indices.csv: lacks {min(strange)!r}, a label")
@@ -761,9 +752,7 @@ def cut_frames(path, times):
         raise Unreadable(f"{path}: has no picture at {times[-1]:.1f} s")
     for frame in shown.values():
         image = frame.to_image().rotate(frame.rotation, expand=True)  # upright, as the file says
-        factor = min(1, 224 / min(image.size))  # CLIP sees no more
-        size = [round(length * factor) for length in image.size]
-        images.append(image.resize(size, Image.Resampling.BICUBIC))
+        images.append(ImageOps.scale(image, min(1, 224 / min(image.size))))  # CLIP sees no more
     return images
 
 

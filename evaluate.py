@@ -161,7 +161,7 @@ def prepare(model, name, folder, kinds, need=(), split="test"):
     model.missing |= gone
     counts = {len(clip.captions): clip.id for clip in clips}
     if "captions" in need and len(counts) > 1:
-        raise ValueError(f"{folder}: each clip needs as many captions; these have {counts}")
+        raise ValueError(f"{folder}: clips differ in the number of their captions: {counts}")
     if "audio" in kinds and clips:  # who hears less than the paper does has another task
         heard, whole = model.learner.front_end.seconds, 10
         with suppress(Unreadable):
@@ -317,7 +317,7 @@ def show(part, runs):
     print0("\n{}: {clips} of {listed} clips in {data} (looked for {looked_for} …), {unreadable} "
            "unreadable".format(part, **result))
     for line in lines:
-        print0("  ", *(text.ljust(22) for text in line))
+        print0("  ", *(text.ljust(23) for text in line))
 
 
 def tell(row, results):

@@ -46,8 +46,8 @@ class Settings(Training):
     source: str = setting("", "train on captions: curate.py's source", list(PAPER_PAIRS))
     head: str = setting("", "train on labels", list(PAPER_RESULTS))
     data: str = setting("", "folder of the clips; empty: the source's", free=True)
-    init: str = setting("out/audioset/pretrain/checkpoint.pt", "checkpoint to start from; for a "
-                        "head also clip, or random: a small encoder", free=True)
+    init: str = setting("", "checkpoint to start from; empty: pre-training's on this data, or on "
+                        "AudioSet; for a head also clip, or random: a small encoder", free=True)
     objective: str = setting("at", "audio and captions; vat: and frames", ["at", "vat"])
     pairs: int = setting(0, "first so many of a seeded shuffle; 0: all")
     batch: int = setting(64, "clips a step over all ranks")
@@ -320,8 +320,10 @@ def main():
     settings = parse(Settings(), PRESETS, description=__doc__)
     if bool(settings.source) == bool(settings.head):
         raise ValueError("needed: --source, to train on captions, or --head, to train on labels")
+    own = Path("out", Path(settings.data).name, "pretrain/checkpoint.pt")
+    start = settings.init or (own if own.exists() else "out/audioset/pretrain/checkpoint.pt")
     finetune = finetune_on_captions if settings.source else finetune_on_labels
-    finetune(settings, join_ranks())
+    finetune(replace(settings, init=str(start)), join_ranks())
 
 
 if __name__ == "__main__":

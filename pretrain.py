@@ -23,7 +23,7 @@ from itertools import chain
 from pathlib import Path
 
 from clip_load import (Tokenizer, audio_encoder_from_clip, blank_audio_encoder, check_zip, digest,
-                       find_clip, find_vocabulary, load_clip, pack_clip, short_digest)
+                       find_clip, load_clip, load_tokenizer, pack_clip, short_digest)
 from data import (FrontEnd, Remember, Unreadable, dataset_folder, held_out_by_audiocaps, load_image,
                   loader, make_toy, mask, read_index, read_split, reading, run, write_whole)
 from model import (CLIP, LARS, LOG_SCALE, VisionTransformer, barrier, info_nce, join_ranks,
@@ -315,15 +315,15 @@ def check_input(samples):
     x = samples.front_end(some["wave"], some["length"])                          # (32, 1, T, F)
     if abs(x.mean()) > 0.7 or not 0.4 < x.std() < 2:
         print0(f"warning: the encoder's input has mean {x.mean():.2f} and std {x.std():.2f}, not 0 "
-               f"and 1; python data.py stats computes a dataset's --mean and --std")
+               f"and 1; --mean and --std come from data.py stats, with the other flags as here")
 
 
 # -------------------------------------------------------------------------------- checkpoints
 def load_checkpoint(path, stages):
     """A checkpoint of one of `stages`, a dict. Raises FileNotFoundError, ValueError."""
     if not Path(path).exists():
-        raise FileNotFoundError(f"{path}: no such checkpoint. python pretrain.py makes one, python "
-                                f"clip_load.py vipant fetches the authors'")
+        raise FileNotFoundError(f"{path}: no such checkpoint (--checkpoint or --init names it). "
+                                f"pretrain.py makes one, clip_load.py vipant fetches the authors'")
     check_zip(path)  # torch.load compares no checksums
     with reading(path, "checkpoint of ours"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -535,7 +535,7 @@ def pretrain(settings, device):
         val = []
         print0(f"no validation: {error}")
     clip = load_clip(find_clip(settings.clip), device)
-    tokenizer = Tokenizer(find_vocabulary(settings.vocab), clip.context_length)
+    tokenizer = load_tokenizer(settings.vocab, clip)
     bank = frame_bank(banks, clips, clip, device, settings.workers)
     val_bank = frame_bank(banks, val, clip, device, settings.workers)
     torch.manual_seed(settings.seed)
@@ -589,8 +589,8 @@ def main():
     settings = replace(settings, out=settings.out or default)
     pretrain(settings, device)
     flags = ["--checkpoint", f"{settings.out}/checkpoint.pt", "--task", "toy" if toy else "all"]
-    print0(f"next: python evaluate.py {' '.join(flags)}, or for sounds of your own, with the same "
-           f"checkpoint, --task search --audio FOLDER --query WORDS")
+    print0(f"next: python evaluate.py {' '.join(flags)}; for sounds of your own, not a dataset in "
+           f"data/, the same with --task search --audio FOLDER --query WORDS")
     if toy and rank_and_size()[1] == 1:
         script = Path(__file__).with_name("evaluate.py")
         sys.exit(subprocess.run([sys.executable, script, *flags], check=False).returncode)
