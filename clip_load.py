@@ -233,7 +233,7 @@ def load_tokenizer(path, clip):
     path = path or find(VOCAB, VOCAB_SHA256, "clip-vit-base-patch32", "merges.txt")
     tokenizer, needed = Tokenizer(path, clip.context_length), clip.token_embedding.num_embeddings
     if tokenizer.vocab_size != needed:
-        raise ValueError(f"{path}: {tokenizer.vocab_size} tokens for a CLIP of {needed}: --vocab")
+        raise ValueError(f"{path}: {tokenizer.vocab_size} tokens; CLIP has {needed}; wrong --vocab")
     return tokenizer
 
 

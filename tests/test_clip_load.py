@@ -124,7 +124,7 @@ def test_what_does_not_fit_is_refused_with_what_it_is_taken_for(clip):
         torch.save(dict.fromkeys(keys.split(), torch.zeros(2)), "other.pt")
         with pytest.raises(ValueError, match=rf"other\.pt: .*taken for {said}"):
             load_clip("other.pt")
-    with pytest.raises(ValueError, match="516 tokens for a CLIP of 517: --vocab"):
+    with pytest.raises(ValueError, match="516 tokens; CLIP has 517; wrong --vocab"):
         clip_load.load_tokenizer(LETTERS[:2], clip)
 
 
