@@ -406,7 +406,7 @@ def train(learner, samples, settings, about, validate, device):
     bf16 = settings.precision == "bf16" or settings.precision == "auto" and fast
     settings = replace(settings, precision="bf16" if bf16 else "fp32")
     learner.to(device).train()
-    learner.front_end = samples.front_end
+    learner.front_end = samples.front_end  # a small set's takes filterbanks
     optimizer = make_optimizer(learner, settings)
     start = resume(path, learner, optimizer, settings, about)
     learner.audio_encoder.transformer.recompute = settings.recompute
