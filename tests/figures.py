@@ -46,8 +46,7 @@ def save(figure, path):
 
 def filterbanks(path, front_end):
     """What the encoder hears of a file -> (T, F)."""
-    wave, length = front_end.load(path)
-    return front_end(wave[None], torch.tensor([length]))[0, 0]
+    return data.Remember(**vars(front_end)).load(path)[0][0]
 
 
 def show_sound(axes, x, end):
@@ -120,8 +119,7 @@ def spectrogram(path, sound, front_end):
 def grid(path, recording):
     """The paper's tokens over a recording: 61×5 patches of 32×32, 16 frames and 24 bins apart."""
     front_end = data.FrontEnd()
-    wave = data.load_audio(recording, front_end.sample_rate).repeat(2)  # ESC-10's are 5 s
-    wave, length = front_end.pad(wave)
+    wave, length = front_end.pad(data.load_audio(recording, 44_100).repeat(2))  # ESC-10's are 5 s
     x = front_end(wave[None], torch.tensor([length]))[0, 0]                      # (T, F)
     figure, axes = blank(9, 2.8)
     show_sound(axes, x, front_end.frames)
@@ -173,10 +171,9 @@ def retrieval(path, model, clips, texts, count=4):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--recording", help="for the grid: a sound file of about ten seconds")
-    parser.add_argument("--out", default="assets", help="folder of the pictures")
     args = parser.parse_args()
-    out, run = Path(args.out), Path("out/toy/pretrain")
-    out.mkdir(parents=True, exist_ok=True)
+    out, run = Path("assets"), Path("out/toy/pretrain")
+    out.mkdir(exist_ok=True)
     model = evaluate.Model(run / "checkpoint.pt", CPU)
     clips = data.read_split("toy", "data/toy", "test")[:144]  # each thing once
     texts = [clip.captions[0] for clip in clips]

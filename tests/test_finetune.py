@@ -10,7 +10,7 @@ from conftest import kill_at_random, run, write_esc50
 from data import Clip, FrontEnd, read_index
 from finetune import PRESETS, Settings
 from model import VisionTransformer
-from pretrain import AudioSamples, load_checkpoint, parse
+from pretrain import AudioLearner, AudioSamples, load_checkpoint, parse
 
 
 def test_a_datasets_name_alone_chooses_no_head():
@@ -95,7 +95,7 @@ def test_the_last_blocks_learn_and_what_follows_them(last_layers, blocks):
     assert ("audio_encoder.proj" in learn) == (blocks > 0)
 
 
-def test_mixtures_by_hand(world):
+def test_masks_are_drawn_anew_in_each_epoch_and_mixtures_are_as_by_hand(world):
     clips = read_index(world / "train.jsonl")[:5]
     classes = sorted({label for c in clips for label in c.labels})
     samples = finetune.MixedSamples(clips, [finetune.Labels(clips, classes)],
@@ -103,6 +103,9 @@ def test_mixtures_by_hand(world):
     rng = np.random.default_rng(3)
     one = samples.read(2, rng)
     other, share = AudioSamples.read(samples, rng.integers(5), rng), rng.beta(10, 10)
+    batch = torch.utils.data.default_collate([samples[epoch, 0] for epoch in range(20)])
+    heard, _ = AudioLearner(torch.nn.Flatten(), samples.front_end)(batch)        # (20, T·F)
+    assert (heard.std(0) > 0).float().mean() > 0.5
     samples.mixup = 1.0
     mixture = samples.read(2, np.random.default_rng(3))
     for name in ("wave", "target"):
