@@ -1,7 +1,7 @@
 """The pictures of README.md: the idea, what the encoder hears, how training went, what it finds.
 
     python pretrain.py --data toy && python tests/figures.py            # into assets/
-    python tests/figures.py --recording ../shared/data/esc10/audio/1-26806-A-1.ogg
+    python tests/figures.py --recording ../shared/data/esc10/audio/5-177957-A-40.ogg
 
 N  clips     T  frames of 10 ms     F  mel bins     D  embedding
 """
