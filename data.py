@@ -180,8 +180,8 @@ def sound_blocks(path):
             yield rate, block
 
 
-def checked(path, wave, rate, new_rate, silent=False):
-    """A file's sound (S,) at another rate, Hz. Raises Unreadable: below 25 ms, `silent`, NaN."""
+def resample(path, wave, rate, new_rate, silent=False):
+    """A file's sound (S,) at another rate, Hz. Raises Unreadable: under 25 ms, `silent`, NaN."""
     if len(wave) < 0.025 * rate:
         raise Unreadable(f"{path}: {1000 * len(wave) / rate:.0f} ms of sound; needed are 25")
     if silent:
@@ -209,7 +209,7 @@ def load_audio(path, sample_rate, seconds=None):
         if seconds and length >= seconds * rate:
             break
     wave = np.concatenate(blocks)[:math.ceil(seconds * rate) if seconds else None]   # (S,)
-    return checked(path, wave, rate, sample_rate, silent=not np.diff(wave).any())
+    return resample(path, wave, rate, sample_rate, silent=not np.diff(wave).any())
 
 
 def audio_windows(path, sample_rate, seconds):
@@ -227,12 +227,12 @@ def audio_windows(path, sample_rate, seconds):
         size = round(seconds * rate)
         while end > start + 1.02 * size:
             wave = np.concatenate(parts)[start - end:]
-            window = checked(path, wave[:size], rate, sample_rate)
+            window = resample(path, wave[:size], rate, sample_rate)
             yield start / rate, (start + size) / rate, window
             parts = [wave]  # all of it: the last window may begin before the next one
             start += size - size // 2
     wave = np.concatenate(parts)[-size if start else 0:]
-    yield (end - len(wave)) / rate, end / rate, checked(path, wave, rate, sample_rate, silent)
+    yield (end - len(wave)) / rate, end / rate, resample(path, wave, rate, sample_rate, silent)
 
 
 # -------------------------------------------------------------------------------- filterbanks
@@ -324,6 +324,11 @@ class FrontEnd:
         # differs from the paper, which does not say: padded *before* normalising (authors' code)
         x = x.masked_fill(padding[:, :, None], 0.0)
         return ((x - self.mean) / self.std)[:, None]                             # (B, 1, T, F)
+
+
+class RememberSounds(FrontEnd):
+    """A front end that keeps the waveforms that it has read: for mixtures of them."""
+    load = cache(FrontEnd.load)
 
 
 class Remember(FrontEnd):
@@ -733,7 +738,7 @@ def cut_audio(path, start, end, sample_rate):
         wave = np.pad(np.concatenate(blocks), (max(0, late), size))[max(0, -late):][:size]
         if wave.any():
             break
-    return checked(path, wave, rate, sample_rate, silent=not np.diff(wave).any())
+    return resample(path, wave, rate, sample_rate, silent=not np.diff(wave).any())
 
 
 def cut_frames(path, times):

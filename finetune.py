@@ -18,8 +18,8 @@ from pathlib import Path
 from clip_load import (audio_encoder_from_clip, digest, find_clip, load_clip, short_digest,
                        unpack_clip)
 from curate import PAPER_PAIRS, POOL_PROMPTS, folder_of, gold_clips
-from data import (FrontEnd, captions_of, dataset_folder, labels_of, read_index, read_split, run,
-                  write_whole)
+from data import (FrontEnd, RememberSounds, captions_of, dataset_folder, labels_of, read_index,
+                  read_split, run, write_whole)
 from evaluate import average_precision, retrieval_metrics
 from model import VisionTransformer, join_ranks, print0, rank_and_size, unit
 from pretrain import (AudioLearner, AudioSamples, Bank, Training, audio_encoder_of, check_input,
@@ -261,8 +261,7 @@ def rounds_of(settings, folder):
     """
     name, rounds = PRESETS[settings.head].data, {}
     if name == "audioset":
-        # "val" is the balanced training set
-        split = "val" if settings.head == "audioset-balanced" else "train"
+        split = "val" if settings.head == "audioset-balanced" else "train"  # val: the balanced set
         return {"eval": [read_split(name, folder, each) for each in (split, "test")]}
     clips = [c for c in read_split(name, folder) if c.easy or settings.head != "esc10"]
     for fold in sorted({c.fold for c in clips}):
@@ -289,8 +288,9 @@ def finetune_on_labels(settings, device):
         torch.manual_seed(settings.seed)
         learner = HeadLearner(copy.deepcopy(start), front_end, len(classes), loss,
                               settings.last_layers)
-        samples = MixedSamples(clips, [Labels(clips, classes)], front_end, settings.seed)
-        samples.mixup, samples.front_end = settings.mixup, front_end  # waveforms are what it mixes
+        samples = MixedSamples(clips, [Labels(clips, classes)], front_end, settings.seed,
+                               RememberSounds)
+        samples.mixup = settings.mixup
         check_input(samples)
         target = Labels(test, classes).rows                                      # (N, K)
 

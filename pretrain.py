@@ -265,12 +265,12 @@ class AudioSamples(Dataset):
     """Clips with banks of targets. samples[epoch, i] is a waveform (of a small set, filterbanks),
     a row of each bank, and draws for masks; all chance in it follows from seed, epoch and i."""
 
-    def __init__(self, clips, banks, front_end, seed):
+    def __init__(self, clips, banks, front_end, seed, remember=Remember):
         # an array, for forked workers copy a list's strings when they count references to them
         self.paths = np.array([os.fsencode(clip.audio) for clip in clips])
         self.banks, self.front_end, self.seed = banks, front_end, seed
-        if 4 * len(clips) * front_end.frames * front_end.mels < 2 ** 28:  # bytes
-            self.front_end = Remember(**asdict(front_end))
+        if 4 * len(clips) * front_end.samples < 2 ** 28:  # bytes
+            self.front_end = remember(**asdict(front_end))
 
     def __len__(self):
         return len(self.paths)
