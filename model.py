@@ -112,10 +112,10 @@ class Block(nn.Module):
 
 class Transformer(nn.Module):
     """Blocks, (B, N, C) -> (B, N, C); with `first_only` the last -> (B, 1, C). `causal`: text."""
-    recompute = False  # True: a block's activations are not kept, but computed again
 
     def __init__(self, width, layers, heads, causal=False):
         super().__init__()
+        self.recompute = False  # True: a block's activations are not kept, but computed again
         self.resblocks = nn.Sequential(*(Block(width, heads, causal) for _ in range(layers)))
         small = (2 * layers * width) ** -0.5  # residual branches start small, as CLIP's do
         for block in self.resblocks:
@@ -207,14 +207,12 @@ class CLIP(nn.Module):
         return self.visual(images.to(self.logit_scale.device))
 
     def encode_text(self, tokens):
-        """(B, L) int64 token ids, on any device, L <= context length -> (B, D), not normalised.
-
-        The feature is read where the text ends: at the largest id, which is end-of-text's.
-        """
+        """(B, L) int64 token ids, on any device, L <= context length -> (B, D), not normalised."""
         tokens = tokens.to(self.logit_scale.device)
         positions = self.positional_embedding[:tokens.shape[1]]                  # (L, C)
         x = self.transformer(self.token_embedding(tokens) + positions)           # (B, L, C)
         x = self.ln_final(x)                                                     # (B, L, C)
+        # the feature is read where the text ends: at the largest id, which is end-of-text's
         x = x[torch.arange(len(x)), tokens.argmax(dim=1)]                        # (B, C)
         return x @ self.text_projection                                          # (B, D)
 

@@ -31,9 +31,7 @@ from model import (CLIP, LARS, LOG_SCALE, VisionTransformer, barrier, info_nce, 
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
@@ -98,9 +96,8 @@ def parse(defaults, presets, argv=None, description=None):
     parser = ArgumentParser(description=description, allow_abbrev=False, argument_default=SUPPRESS,
                             formatter_class=RawDescriptionHelpFormatter)
     for f in fields(defaults):
-        kind = {"type": f.type, "choices": f.metadata["choices"]}
-        if f.type is bool:
-            kind = {"action": "store_true"}
+        typed = {"type": f.type, "choices": f.metadata["choices"]}
+        kind = {"action": "store_true"} if f.type is bool else typed
         text = f"{f.metadata['help']} ({getattr(defaults, f.name)})".replace("%", "%%")
         parser.add_argument("--" + f.name.replace("_", "-"), help=text, **kind)
     given = vars(parser.parse_args(argv))
@@ -110,13 +107,13 @@ def parse(defaults, presets, argv=None, description=None):
 
 # ---------------------------------------------------------------------- banks, in chunk files
 CHUNK = 4096  # rows in a file
+open_chunk = lru_cache(partial(np.load, mmap_mode="r"))  # path -> array, mapped into memory
 
 
 def in_chunks(folder, count, make, description):
     """An array of `count` rows in files of CHUNK rows, made by the ranks in turn -> their paths.
 
-    make(start, end) yields the rows from start to end in parts (b, ...). A file is whole or not
-    there: what a killed run has made, the next one keeps.
+    make(start, end) yields these rows in parts (b, ...). What a killed run has made is kept.
     """
     rank, size = rank_and_size()
     paths = [Path(folder) / f"{start:09d}.npy" for start in range(0, count, CHUNK)]
@@ -133,51 +130,44 @@ def in_chunks(folder, count, make, description):
     return paths
 
 
-@lru_cache
-def open_chunk(path):
-    """A chunk file's array, mapped into memory."""
-    return np.load(path, mmap_mode="r")
-
-
 def read_batch(items, read):
-    """Items read in a worker process -> which could be, (b,) bool, and a batch of these."""
-    samples, good = [], torch.zeros(len(items), dtype=torch.bool)
+    """Items read in a worker process -> their number, places of good ones, a batch of these."""
+    samples = {}
     for i, item in enumerate(items):
         try:
-            samples.append(read(item))
-            good[i] = True
+            samples[i] = read(item)
         except Unreadable as error:
-            print(f"skipped: {error}", file=sys.stderr, flush=True)
-    return good, default_collate(samples) if samples else None
+            print(f"skipped: {error}", file=sys.stderr)
+    return len(items), list(samples), default_collate([*samples.values()]) if samples else None
 
 
 @torch.no_grad()
-def embed(items, read, encode, dimensions, workers=0):
+def embed(items, read, encode, D, workers=0):
     """Unit vectors of encode(batch of read(item)): yields (b, D) on the CPU, zeros for bad ones."""
     read_some = partial(read_batch, read=read)
-    for good, batch in loader(items, workers, batch_size=128, collate_fn=read_some):
-        features = torch.zeros(len(good), dimensions)
-        if good.any():
+    for count, good, batch in loader(items, workers, batch_size=128, collate_fn=read_some):
+        features = torch.zeros(count, D)
+        if good:
             features[good] = unit(encode(batch)).cpu()
         yield features
 
 
-def embed_all(items, read, encode, dimensions, device, workers=0):
+def embed_all(items, read, encode, D, device, workers=0):
     """The same in memory, shared by the ranks and the same on each -> (N, D) on the CPU."""
     rank, size = rank_and_size()
-    features = torch.zeros(len(items), dimensions, device=device)
-    parts = embed(items[rank::size], read, encode, dimensions, workers)
-    features[rank::size] = torch.cat([torch.zeros(0, dimensions), *parts]).to(device)
+    features = torch.zeros(len(items), D, device=device)
+    parts = embed(items[rank::size], read, encode, D, workers)
+    features[rank::size] = torch.cat([torch.zeros(0, D), *parts]).to(device)
     if size > 1:
-        dist.all_reduce(features)  # a sum: one rank made a row, the others left it 0
+        torch.distributed.all_reduce(features)  # a sum: one rank made a row, the others left it 0
     return features.cpu()
 
 
 def embed_to_disk(folder, kind, names, items, read, encode, clip, workers=0):
     """CLIP's unit embeddings of items, (M, D) fp16, in a folder named after them -> chunk files."""
     def make(start, end):
-        dimensions = clip.visual.config["output_dim"]
-        for features in embed(items[start:end], read, encode, dimensions, workers):
+        D = clip.visual.config["output_dim"]
+        for features in embed(items[start:end], read, encode, D, workers):
             yield features.half().numpy()
 
     folder = Path(folder) / f"{kind}-{short_digest(digest(clip), *names)}"
@@ -212,7 +202,7 @@ class Bank:
 
     def row(self, row):
         """One embedding -> (D,) float32."""
-        return torch.tensor(open_chunk(self.paths[row // CHUNK])[row % CHUNK].astype(np.float32))
+        return torch.tensor(open_chunk(self.paths[row // CHUNK])[row % CHUNK]).float()
 
     def draw(self, i, rng):
         """One of clip i's embeddings at random -> (D,). Raises Unreadable where it has none."""
@@ -289,7 +279,7 @@ class AudioSamples:
             except Unreadable as error:
                 reason = f"skipped: {error}"
             if offset == 0:
-                print(reason, file=sys.stderr, flush=True)
+                print(reason, file=sys.stderr)
         raise ValueError(f"{offset + 1} clips in a row can't be read; {reason}")
 
 
@@ -313,20 +303,17 @@ def check_input(samples):
     x = samples.front_end(some["wave"], some["length"])                          # (32, 1, T, F)
     if abs(x.mean()) > 0.7 or not 0.4 < x.std() < 2:
         print0(f"warning: the encoder's input has mean {x.mean():.2f} and std {x.std():.2f}, not 0 "
-               f"and 1; --mean and --std come from data.py stats, with the other flags as here")
+               f"and 1; data.py stats tells --mean and --std")
 
 
 # -------------------------------------------------------------------------------- checkpoints
 def load_checkpoint(path, stages):
-    """A checkpoint of one of `stages`, a dict. Raises FileNotFoundError, ValueError."""
-    if not Path(path).exists():
-        raise FileNotFoundError(f"{path}: missing; pretrain.py or clip_load.py vipant makes such")
-    check_zip(path)  # torch.load compares no checksums
-    with reading(path, "checkpoint of ours"):
+    """A checkpoint of one of `stages`, a dict. Raises Unreadable."""
+    with reading(path, f"checkpoint of {' or '.join(stages)}; make it, or name another one"):
+        check_zip(path)  # torch.load compares no checksums
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        stage = checkpoint["stage"]
-    if stage not in stages:
-        raise ValueError(f"{path}: a checkpoint of stage '{stage}'; needed: {' or '.join(stages)}")
+        if checkpoint["stage"] not in stages:
+            raise ValueError(f"of stage '{checkpoint['stage']}'")
     return checkpoint
 
 
@@ -360,7 +347,7 @@ def write_log(path, line, **values):
     """A line on the console, a JSON object in log.jsonl; a resumed run repeats some steps."""
     if rank_and_size()[0] == 0:
         with open(path, "a") as file:
-            file.write(json.dumps(values) + "\n")
+            print(json.dumps(values), file=file)
         print(line, flush=True)
 
 
@@ -388,13 +375,12 @@ def train(learner, samples, settings, about, validate, device):
     about     what the checkpoint says of itself: "stage", "made_of", and more
     validate  (learner) -> dict of numbers in %, called on every rank after each epoch
     """
-    (rank, size), gpu = rank_and_size(), device.type == "cuda"
+    (rank, size), count, gpu = rank_and_size(), len(samples), device.type == "cuda"
     path, log = Path(settings.out) / "checkpoint.pt", Path(settings.out) / "log.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    if settings.batch % size or not 0 < settings.batch <= len(samples):
-        raise ValueError(f"--batch {settings.batch}: choose one up to {len(samples)}, the number "
-                         f"of clips, that {size} rank(s) can share evenly")
-    steps_per_epoch = len(samples) // settings.batch
+    if settings.batch % size or not 0 < settings.batch <= count:
+        raise ValueError(f"--batch {settings.batch}: choose a multiple of {size} up to {count}")
+    steps_per_epoch = count // settings.batch
     steps = settings.steps or settings.epochs * steps_per_epoch
     if settings.precision == "auto":
         cpu_is_fast = torch.cpu._is_avx512_bf16_supported()
@@ -408,14 +394,14 @@ def train(learner, samples, settings, about, validate, device):
     learner.audio_encoder.transformer.recompute = settings.recompute
     if settings.compile == "yes" or settings.compile == "auto" and gpu:
         learner.audio_encoder.compile()
-    model = DistributedDataParallel(learner) if size > 1 else learner
+    model = nn.parallel.DistributedDataParallel(learner) if size > 1 else learner
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
     with autocast:
         peak_rate = matmul_rate(device)
     flops = 3 * learner.audio_encoder.flops()  # of a clip; a backward pass costs two forward
-    order = batches(len(samples), settings.batch, settings.seed, start, steps)
+    order = batches(count, settings.batch, settings.seed, start, steps)
     source = iter(loader(samples, settings.workers, batch_sampler=order, pin_memory=gpu))
-    write_log(log, f"{settings.out}: {len(samples)} clips, step {start} of {steps}, {size} rank(s) "
+    write_log(log, f"{settings.out}: {count} clips, step {start} of {steps}, {size} rank(s) "
               f"on {device}", command=sys.argv, settings=vars(settings), ranks=size)
     logged, began, waiting, skipped = start, time.perf_counter(), 0.0, 0
     losses = torch.zeros((), device=device)  # summed on the device: to read it waits for the step
@@ -448,15 +434,14 @@ def train(learner, samples, settings, about, validate, device):
         mean_loss, seconds = losses.item() / (step - logged), time.perf_counter() - began
         if not all(p.isfinite().all() for p in (losses, *learner.parameters())):
             raise ValueError(f"loss {mean_loss}: weights diverge; lower --lr-weights, --lr-biases")
-        if skipped > max(10, 0.01 * len(samples) / size):
+        if skipped > max(10, 0.01 * count / size):
             raise ValueError(f"{skipped} clips of this epoch can't be read, more than ten and more "
                              f"than 1 %; mend or remove the files named above, delete the banks")
         speed = (step - logged) * settings.batch / seconds
         numbers = {"epoch": step / steps_per_epoch, "loss": mean_loss, **learner.report(),
                    "lr": optimizer.param_groups[0]["lr"], "clips/s": speed,
-                   "MFU": speed * flops / peak_rate / size,
-                   "waiting": waiting / seconds, "skipped": skipped,
-                   "minutes left": (steps - step) * settings.batch / speed / 60}
+                   "MFU": speed * flops / peak_rate / size, "waiting": waiting / seconds,
+                   "skipped": skipped, "minutes left": (steps - step) * settings.batch / speed / 60}
         scores = validate(learner.eval()) if epoch_ends else {}
         learner.train()
         line = " | ".join(f"{name} {value:.4g}" for name, value in (numbers | scores).items())
@@ -474,10 +459,9 @@ def train(learner, samples, settings, about, validate, device):
 
 # ------------------------------------------------------------------------------------ stage 1
 def top1_hits(queries, gallery, clips):
-    """Top-1 retrieval where relevant means the same label *set* (§3.2.2), or without any the clip.
+    """Top-1 retrieval: queries, gallery (N, D) -> each query's precision, 0 or 1, and recall (N,).
 
-    queries, gallery: (N, D) unit vectors of the N clips. Returns each query's precision, 0 or 1
-    (N,), and its recall, a hit's share of the relevant clips (N,).
+    Relevant is what has the same label *set* (§3.2.2), or without labels the same clip.
     """
     sets = ["\n".join(sorted(set(clip.labels))) or clip.id for clip in clips]
     kind = torch.from_numpy(np.unique(sets, return_inverse=True)[1])             # (N,)
@@ -510,10 +494,8 @@ def frame_retrieval(folder, banks, clip, workers):
 
 
 def training_clips(folder, leave_out):
-    """A folder's training clips with sound and frames, without those that AudioCaps tests.
-
-    leave_out: folder of AudioCaps' tables, or none. Raises FileNotFoundError, ValueError (no clip).
-    """
+    """A folder's training clips with sound and frames, but not what AudioCaps tests, whose tables
+    are in `leave_out`, or none. Raises FileNotFoundError, ValueError (no clip)."""
     listed = read_split("audioset", folder, "train")
     whole = [clip for clip in listed if clip.audio and clip.frames]
     held_out = set() if leave_out == "none" else held_out_by_audiocaps(leave_out, folder)
