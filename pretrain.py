@@ -22,8 +22,8 @@ from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 
-from clip_load import (Tokenizer, audio_encoder_from_clip, blank_audio_encoder, check_zip, digest,
-                       find_clip, load_clip, load_tokenizer, pack_clip, short_digest)
+from clip_load import (Tokenizer, audio_encoder_from_clip, blank_audio_encoder, digest, find_clip,
+                       load_clip, load_tokenizer, pack_clip, read_weights, short_digest)
 from data import (FrontEnd, Remember, Unreadable, dataset_folder, held_out_by_audiocaps, load_image,
                   loader, make_toy, mask, read_index, read_split, reading, run, write_whole)
 from model import (CLIP, LARS, LOG_SCALE, VisionTransformer, barrier, info_nce, join_ranks,
@@ -309,9 +309,9 @@ def check_input(samples):
 # -------------------------------------------------------------------------------- checkpoints
 def load_checkpoint(path, stages):
     """A checkpoint of one of `stages`, a dict. Raises Unreadable."""
-    with reading(path, f"checkpoint of {' or '.join(stages)}; make it, or name another one"):
-        check_zip(path)  # torch.load compares no checksums
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    what = f"{' or '.join(stages)} checkpoint; pretrain.py or clip_load.py vipant makes one"
+    with reading(path, what):
+        checkpoint = read_weights(path)
         if checkpoint["stage"] not in stages:
             raise ValueError(f"of stage '{checkpoint['stage']}'")
     return checkpoint
@@ -566,8 +566,7 @@ def main():
     flags = ["--checkpoint", f"{out}/checkpoint.pt", "--task", "toy" if toy else "all"]
     print0(f"next: python evaluate.py {' '.join(flags)}, or with sounds of your own --task search")
     if toy and rank_and_size()[1] == 1:
-        script = Path(__file__).with_name("evaluate.py")
-        sys.exit(subprocess.call([sys.executable, script, *flags]))
+        sys.exit(subprocess.call([sys.executable, Path(__file__).with_name("evaluate.py"), *flags]))
 
 
 if __name__ == "__main__":
