@@ -226,7 +226,7 @@ class AudioLearner(nn.Module):
         """Batch -> audio features (B, D), their targets (B, kinds, D)."""
         wave = batch["wave"]
         # no autocast: bf16 would round the mel energies
-        with torch.no_grad(), torch.autocast(wave.device.type, enabled=False):
+        with torch.autocast(wave.device.type, enabled=False):
             x = mask(self.front_end(wave, batch["length"]), batch["draws"])      # (B, 1, T, F)
         return self.audio_encoder(x), batch["target"]
 
@@ -267,7 +267,7 @@ class AudioSamples:
     def read(self, i, rng):
         wave, length = self.front_end.load(os.fsdecode(self.paths[i]))
         target = torch.stack([bank.draw(i, rng) for bank in self.banks])         # (kinds, D)
-        draws = torch.from_numpy(rng.random(4, dtype=np.float32))
+        draws = rng.random(4, np.float32)
         return {"wave": wave, "length": length, "target": target, "draws": draws}
 
     def __getitem__(self, key):
@@ -308,9 +308,10 @@ def check_input(samples):
 
 # -------------------------------------------------------------------------------- checkpoints
 def load_checkpoint(path, stages):
-    """A checkpoint of one of `stages`, a dict. Raises Unreadable."""
-    what = f"{' or '.join(stages)} checkpoint; pretrain.py or clip_load.py vipant makes one"
-    with reading(path, what):
+    """A checkpoint of one of `stages`, a dict. Raises FileNotFoundError, Unreadable."""
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path}: no such file; run pretrain.py, or clip_load.py vipant")
+    with reading(path, f"{' or '.join(stages)} checkpoint"):
         checkpoint = read_weights(path)
         if checkpoint["stage"] not in stages:
             raise ValueError(f"of stage '{checkpoint['stage']}'")
