@@ -27,8 +27,8 @@ from data import (AUDIO, VIDEO, Unreadable, audio_windows, captions_of, dataset_
                   labels_of, load_audio, load_image, read_published, read_split, read_text, run,
                   table_of, write_whole)
 from model import join_ranks, print0, rank_and_size, unit
-from pretrain import (AudioLearner, Training, audio_encoder_of, embed_all, load_checkpoint,
-                      open_chunk, top1_hits)
+from pretrain import (AudioLearner, Training, embed_all, learner_of, load_checkpoint, open_chunk,
+                      top1_hits)
 
 import numpy as np
 import torch
@@ -107,8 +107,8 @@ class Model:
     def __init__(self, path, device):
         checkpoint = load_checkpoint(path, ["pretrain", "finetune"])
         self.name, self.device = str(path).removesuffix("/checkpoint.pt"), device
-        self.learner = AudioLearner(*audio_encoder_of(checkpoint, path)).to(device)
-        self.scale = checkpoint["learner"]["log_scale"].exp().item()  # 1/temperature
+        self.learner = learner_of(checkpoint).to(device)
+        self.scale = self.learner.log_scale.exp().item()  # 1/temperature
         self.clip, self.tokenizer = unpack_clip(checkpoint["clip"], device)
         settings = checkpoint["settings"]
         start = "VA-Rand" if settings.get("init") == "random" else "vip-AnT"
@@ -127,16 +127,15 @@ class Model:
     def embed(self, clips, kind):
         """Unit embeddings of clips' "audio" or "frames" -> (N, D); zeros for what can't be read."""
         if kind == "audio":
-            return self.learner.embed([clip.audio for clip in clips], self.device, WORKERS)
+            return self.learner.embed([clip.audio for clip in clips], WORKERS)
         return embed_all([clip.middle_frame for clip in clips],
-                         partial(load_image, size=self.clip.image_size),
-                         lambda images: unit(self.clip.encode_image(images.to(self.device))),
+                         partial(load_image, size=self.clip.image_size), self.clip.encode_image,
                          self.clip.visual.config["output_dim"], self.device, WORKERS)
 
     def embed_texts(self, texts, prompt=""):
         """Unit embeddings of texts, each after the prompt -> (M, D); underscores become spaces."""
         tokens = self.tokenizer([f"{prompt} {text}".replace("_", " ") for text in texts])
-        parts = [self.clip.encode_text(part.to(self.device)) for part in tokens.split(256)]
+        parts = [self.clip.encode_text(part) for part in tokens.split(256)]
         return unit(torch.cat(parts)).cpu()
 
 
@@ -406,8 +405,7 @@ def embed_windows(model, path):
     while some := list(islice(windows, 32)):  # hours of sound need not be in memory
         times = torch.tensor([[start, end] for start, end, _ in some])           # (32, 2)
         waves, lengths = default_collate([front_end.pad(wave) for _, _, wave in some])
-        x = front_end(waves.to(model.device), lengths.to(model.device))          # (32, 1, T, F)
-        features = unit(model.learner.audio_encoder(x)).cpu()                    # (32, D)
+        features = unit(model.learner.encode((waves, lengths))).cpu()            # (32, D)
         features *= (waves.amax(1) > waves.amin(1))[:, None]
         rows.append(torch.cat([times, features], dim=1))
     return torch.cat(rows)

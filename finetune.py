@@ -22,8 +22,8 @@ from data import (FrontEnd, RememberSounds, captions_of, dataset_folder, labels_
                   read_split, run, write_whole)
 from evaluate import average_precision, retrieval_metrics
 from model import VisionTransformer, join_ranks, print0, rank_and_size, unit
-from pretrain import (AudioLearner, AudioSamples, Bank, Training, audio_encoder_of, check_input,
-                      frame_bank, load_checkpoint, parse, setting, text_bank, train)
+from pretrain import (AudioLearner, AudioSamples, Bank, Training, frame_bank, learner_of,
+                      load_checkpoint, parse, setting, text_bank, train)
 
 import numpy as np
 import torch
@@ -93,7 +93,8 @@ def start_of(init):
         encoder = VisionTransformer((500, 64), patch=16, stride=(12, 12), channels=1, width=128,
                                     layers=3, heads=2, output_dim=512)
         return encoder, FrontEnd(16_000, 64, 500, -5.71, 5.91)
-    return audio_encoder_of(load_checkpoint(init, ["pretrain", "finetune"]), init)
+    learner = learner_of(load_checkpoint(init, ["pretrain", "finetune"]))
+    return learner.audio_encoder, learner.front_end
 
 
 def about(stage, clips, encoder, **more):
@@ -141,17 +142,17 @@ def take_pairs(clips, count, seed):
     return [replace(clips[i], captions=tuple(taken[i])) for i in sorted(taken)]
 
 
-def caption_bank(folder, clips, captions, clip, tokenizer, device):
+def caption_bank(folder, clips, captions, clip, tokenizer):
     """Bank of CLIP's embeddings of `captions`; each clip has the rows of its own."""
     number = {caption: row for row, caption in enumerate(captions)}
     rows, starts = [], [0]
     for c in clips:
         rows += [number[caption] for caption in c.captions]
         starts.append(len(rows))
-    return Bank(text_bank(folder, captions, clip, tokenizer, device), np.array(rows), starts)
+    return Bank(text_bank(folder, captions, clip, tokenizer), np.array(rows), starts)
 
 
-def recall_on(folder, clip, tokenizer, device, workers):
+def recall_on(folder, clip, tokenizer, workers):
     """(learner) -> audio-text recall on a folder's captioned val clips, or else on AudioCaps'."""
     clips = []
     for place in (Path("data/audiocaps"), folder):
@@ -162,11 +163,11 @@ def recall_on(folder, clip, tokenizer, device, workers):
     count = len(clips[0].captions)
     clips = [c for c in clips if len(c.captions) == count]
     tokens = tokenizer(captions_of(clips))                                       # (5N, L)
-    texts = [clip.encode_text(part.to(device)).cpu() for part in tokens.split(256)]
+    texts = [clip.encode_text(part).cpu() for part in tokens.split(256)]
     texts = torch.cat(texts)                                                     # (5N, D)
 
     def validate(learner):
-        audio = learner.embed([c.audio for c in clips], device, workers)         # (N, D)
+        audio = learner.embed([c.audio for c in clips], workers)                 # (N, D)
         scores = retrieval_metrics(audio, texts, count)
         return {"audio->text R@1": scores["a2t_r1"], "text->audio R@1": scores["t2a_r1"]}
 
@@ -180,24 +181,22 @@ def finetune_on_captions(settings, device):
     out = Path(settings.out or f"out/{folder.name}/{settings.objective}-{source}{few}")
     banks = out.parent / "banks"
     checkpoint = load_checkpoint(settings.init, ["pretrain", "finetune"])
-    encoder, front_end = audio_encoder_of(checkpoint, settings.init)
+    # differs from the paper, which does not say: the temperature goes on from what was learned
+    learner = learner_of(checkpoint)
     clip, tokenizer = unpack_clip(checkpoint["clip"], device)
     clips = paired_clips(out.parent / f"{source}.jsonl", settings, folder)
     captions = list(dict.fromkeys(captions_of(clips)))
     if settings.pairs:
         clips = take_pairs(clips, settings.pairs, settings.seed)
-    targets = [caption_bank(banks, clips, captions, clip, tokenizer, device)]
+    targets = [caption_bank(banks, clips, captions, clip, tokenizer)]
     if settings.objective == "vat":
-        targets.append(frame_bank(banks, clips, clip, device, settings.workers))
+        targets.append(frame_bank(banks, clips, clip, settings.workers))
     settings = replace(settings, out=str(out), pairs=len(targets[0].rows),
                        batch=min(settings.batch, len(clips)))
     print0(f"{settings.pairs} pairs of {len(clips)} clips, in batches of {settings.batch}")
-    learner = AudioLearner(encoder, front_end)
-    # differs from the paper, which does not say: the temperature goes on from what was learned
-    learner.log_scale.data.copy_(checkpoint["learner"]["log_scale"])
-    train(learner, AudioSamples(clips, targets, front_end, settings.seed), settings,
-          about("finetune", clips, encoder, clip=checkpoint["clip"]),
-          recall_on(folder, clip, tokenizer, device, settings.workers), device)
+    train(learner, AudioSamples(clips, targets, learner.front_end, settings.seed), settings,
+          about("finetune", clips, learner.audio_encoder, clip=checkpoint["clip"]),
+          recall_on(folder, clip, tokenizer, settings.workers), device)
     task = "toy" if settings.data == "toy" else "all"
     print0(f"next: python evaluate.py --task {task} --checkpoint {out}/checkpoint.pt")
 
@@ -217,7 +216,7 @@ class Labels:
 
 class MixedSamples(AudioSamples):
     """Samples of which a share, `mixup`, are mixtures of two."""
-    mixup = 0.0
+    mixup, remember = 0.0, RememberSounds
 
     def read(self, i, rng):
         sample = super().read(i, rng)
@@ -288,14 +287,12 @@ def finetune_on_labels(settings, device):
         torch.manual_seed(settings.seed)
         learner = HeadLearner(copy.deepcopy(start), front_end, len(classes), loss,
                               settings.last_layers)
-        samples = MixedSamples(clips, [Labels(clips, classes)], front_end, settings.seed,
-                               RememberSounds)
+        samples = MixedSamples(clips, [Labels(clips, classes)], front_end, settings.seed)
         samples.mixup = settings.mixup
-        check_input(samples)
         target = Labels(test, classes).rows                                      # (N, K)
 
         def validate(learner):
-            features = learner.embed([c.audio for c in test], device, settings.workers)  # (N, D)
+            features = learner.embed([c.audio for c in test], settings.workers)  # (N, D)
             read = features.any(dim=1)                                           # (N,)
             logits = learner.head(features[read].to(device)).cpu()               # (·, K)
             if measure == "mAP":

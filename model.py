@@ -46,10 +46,10 @@ def barrier():
         dist.barrier()
 
 
-def print0(*parts, **options):
+def print0(*parts):
     """print, on rank 0 alone."""
     if rank_and_size()[0] == 0:
-        print(*parts, flush=True, **options)
+        print(*parts, flush=True)
 
 
 def gather(x):
@@ -111,15 +111,11 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A stack of blocks, (B, N, C) -> (B, N, C); `causal` for text.
-
-    With `first_only` -> (B, 1, C): the last block leaves out what the first token does not need.
-    """
-    recompute = False  # True: a block's activations are not kept, but computed again
+    """Blocks, (B, N, C) -> (B, N, C); with `first_only` the last -> (B, 1, C). `causal`: text."""
 
     def __init__(self, width, layers, heads, causal=False):
         super().__init__()
-        self.width = width
+        self.recompute = False  # True: a block's activations are not kept, but computed again
         self.resblocks = nn.Sequential(*(Block(width, heads, causal) for _ in range(layers)))
         small = (2 * layers * width) ** -0.5  # residual branches start small, as CLIP's do
         for block in self.resblocks:
@@ -129,20 +125,13 @@ class Transformer(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, x, first_only=False):
-        for i, block in enumerate(self.resblocks, 1):
-            only = first_only and i == len(self.resblocks)
-            if self.recompute and self.training:
+        for block in self.resblocks:
+            only = first_only and block is self.resblocks[-1]
+            if self.recompute:
                 x = checkpoint(block, x, only, use_reentrant=False)
             else:
                 x = block(x, only)
         return x
-
-    def flops(self, tokens, first_only=False):
-        """Floating point operations of a forward pass over `tokens` tokens of one sample."""
-        C, layers = self.width, len(self.resblocks)
-        queries = layers * tokens - (tokens - 1 if first_only else 0)  # in all layers
-        keys_values, per_query = 2 * layers * tokens * C ** 2, 10 * C ** 2 + 2 * tokens * C
-        return 2 * (keys_values + queries * per_query)  # a multiplication and an addition each
 
 
 # ------------------------------------------------------------------------- images, audio, CLIP
@@ -155,8 +144,8 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, input_size, patch, stride, channels, width, layers, heads, output_dim):
         super().__init__()
-        self.input_size = tuple(input_size)
-        self.config = {"input_size": self.input_size, "patch": patch, "stride": tuple(stride),
+        self.input_size = input_size
+        self.config = {"input_size": input_size, "patch": patch, "stride": stride,
                        "channels": channels, "width": width, "layers": layers, "heads": heads,
                        "output_dim": output_dim}
         self.grid = tuple((size - patch) // step + 1 for size, step in zip(input_size, stride))
@@ -172,7 +161,7 @@ class VisionTransformer(nn.Module):
         self.proj = nn.Parameter(torch.randn(width, output_dim) * width ** -0.5)
 
     def forward(self, x):
-        if tuple(x.shape[2:]) != self.input_size:
+        if x.shape[2:] != self.input_size:
             raise ValueError(f"input of {tuple(x.shape[2:])}; the encoder takes {self.input_size}")
         x = self.conv1(x).flatten(2).transpose(1, 2)                             # (B, N-1, C)
         first = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)           # (B, 1, C)
@@ -182,9 +171,13 @@ class VisionTransformer(nn.Module):
 
     def flops(self):
         """Floating point operations of a forward pass of one sample."""
-        tokens = len(self.positional_embedding)
-        convolution = 2 * (tokens - 1) * self.conv1.weight.numel()
-        return convolution + self.transformer.flops(tokens, first_only=True)
+        N, C = self.positional_embedding.shape
+        layers = len(self.transformer.resblocks)
+        convolution = (N - 1) * self.conv1.weight.numel()
+        keys_values = layers * N * 2 * C ** 2
+        queries = (layers - 1) * N + 1  # in the last layer the class token alone asks
+        per_query = 10 * C ** 2 + 2 * N * C
+        return 2 * (convolution + keys_values + queries * per_query)  # multiplications, additions
 
 
 LOG_SCALE = math.log(1 / 0.07)  # log(1/temperature) at the start, as CLIP's
@@ -210,19 +203,17 @@ class CLIP(nn.Module):
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
     def encode_image(self, images):
-        """(B, 3, R, R) preprocessed images -> (B, D), not normalised."""
-        return self.visual(images)
+        """(B, 3, R, R) preprocessed images, on any device -> (B, D), not normalised."""
+        return self.visual(images.to(self.logit_scale.device))
 
     def encode_text(self, tokens):
-        """(B, L) int64 token ids, L <= context length -> (B, D), not normalised.
-
-        The feature is read where the text ends: at the largest id, which is end-of-text's.
-        """
+        """(B, L) int64 token ids, on any device, L <= context length -> (B, D), not normalised."""
+        tokens = tokens.to(self.logit_scale.device)
         positions = self.positional_embedding[:tokens.shape[1]]                  # (L, C)
         x = self.transformer(self.token_embedding(tokens) + positions)           # (B, L, C)
         x = self.ln_final(x)                                                     # (B, L, C)
-        rows = torch.arange(len(x), device=x.device)
-        x = x[rows, tokens.argmax(dim=1)]                                        # (B, C)
+        # the feature is read where the text ends: at the largest id, which is end-of-text's
+        x = x[torch.arange(len(x)), tokens.argmax(dim=1)]                        # (B, C)
         return x @ self.text_projection                                          # (B, D)
 
 
@@ -259,14 +250,12 @@ def parameter_groups(module, lr_weights, lr_biases, weight_decay):
 
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling (Table 5), as the authors' code has it.
-
-    With `adapt` the trust ratio is η‖p‖ / ‖g + wd·p‖ (1 where a norm is 0), unlike You et al.'s.
+    """Layer-wise adaptive rate scaling (Table 5), as the authors' code has it: with `adapt` the
+    trust ratio is 0.001 ‖p‖ / ‖g + wd·p‖ (1 where a norm is 0), unlike You et al.'s; momentum 0.9.
     """
 
-    def __init__(self, groups, lr=0.0, weight_decay=0.0, momentum=0.9, eta=0.001, adapt=True):
-        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum,
-                                  "eta": eta, "adapt": adapt})
+    def __init__(self, groups, lr=0.0):
+        super().__init__(groups, {"lr": lr, "weight_decay": 0.0, "adapt": True})
         for group in self.param_groups:
             for p in group["params"]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
@@ -274,19 +263,17 @@ class LARS(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
+            params = group["params"]
             momenta = [self.state[p]["momentum"] for p in params]
             grads = [p.grad for p in params]  # _foreach: all of them in a few kernels
             updates = torch._foreach_add(grads, params, alpha=group["weight_decay"])
             if group["adapt"]:
                 p_norm = torch.stack(torch._foreach_norm(params))                # (tensors,)
                 g_norm = torch.stack(torch._foreach_norm(updates))               # (tensors,)
-                ratio = group["eta"] * p_norm / g_norm
+                ratio = 0.001 * p_norm / g_norm
                 ratio = ratio.where((p_norm > 0) & (g_norm > 0), 1.0)
                 torch._foreach_mul_(updates, ratio.unbind())
-            torch._foreach_mul_(momenta, group["momentum"])
+            torch._foreach_mul_(momenta, 0.9)
             torch._foreach_add_(momenta, updates)
             torch._foreach_add_(params, momenta, alpha=-group["lr"])  # unlike You et al., too
 

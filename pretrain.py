@@ -17,13 +17,13 @@ import sys
 import time
 import timeit
 from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 
-from clip_load import (Tokenizer, audio_encoder_from_clip, blank_audio_encoder, check_zip, digest,
-                       find_clip, load_clip, load_tokenizer, pack_clip, short_digest)
+from clip_load import (Tokenizer, audio_encoder_from_clip, blank_audio_encoder, digest, find_clip,
+                       load_clip, load_tokenizer, pack_clip, read_weights, short_digest)
 from data import (FrontEnd, Remember, Unreadable, dataset_folder, held_out_by_audiocaps, load_image,
                   loader, make_toy, mask, read_index, read_split, reading, run, write_whole)
 from model import (CLIP, LARS, LOG_SCALE, VisionTransformer, barrier, info_nce, join_ranks,
@@ -31,10 +31,8 @@ from model import (CLIP, LARS, LOG_SCALE, VisionTransformer, barrier, info_nce, 
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import default_collate
 from tqdm import tqdm
 
 # ----------------------------------------------------------------------------------- settings
@@ -76,8 +74,7 @@ class Settings(Training):
     clip: str = setting("ViT-B/32", "one of OpenAI's names, or a path to weights", free=True)
     vocab: str = setting("", "path of the tokenizer's vocabulary; empty: CLIP's", free=True)
     init: str = setting("clip", "start: clip is vip-AnT, random is VA-Rand", ["clip", "random"])
-    leave_out: str = setting("data/audiocaps", "AudioCaps' tables: its tests do not train; or none",
-                             free=True)
+    leave_out: str = setting("data/audiocaps", "its test clips do not train; or none", free=True)
     sample_rate: int = setting(FrontEnd.sample_rate, "Hz; audio is resampled to it")
     mels: int = setting(FrontEnd.mels, "mel bins")
     frames: int = setting(FrontEnd.frames, "of 10 ms that the encoder hears")
@@ -99,9 +96,8 @@ def parse(defaults, presets, argv=None, description=None):
     parser = ArgumentParser(description=description, allow_abbrev=False, argument_default=SUPPRESS,
                             formatter_class=RawDescriptionHelpFormatter)
     for f in fields(defaults):
-        kind = {"type": f.type, "choices": f.metadata["choices"]}
-        if f.type is bool:
-            kind = {"action": "store_true"}
+        typed = {"type": f.type, "choices": f.metadata["choices"]}
+        kind = {"action": "store_true"} if f.type is bool else typed
         text = f"{f.metadata['help']} ({getattr(defaults, f.name)})".replace("%", "%%")
         parser.add_argument("--" + f.name.replace("_", "-"), help=text, **kind)
     given = vars(parser.parse_args(argv))
@@ -111,13 +107,13 @@ def parse(defaults, presets, argv=None, description=None):
 
 # ---------------------------------------------------------------------- banks, in chunk files
 CHUNK = 4096  # rows in a file
+open_chunk = lru_cache(partial(np.load, mmap_mode="r"))  # path -> array, mapped into memory
 
 
 def in_chunks(folder, count, make, description):
     """An array of `count` rows in files of CHUNK rows, made by the ranks in turn -> their paths.
 
-    make(start, end) yields the rows from start to end in parts (b, ...). A file is whole or not
-    there: what a killed run has made, the next one keeps.
+    make(start, end) yields these rows in parts (b, ...). What a killed run has made is kept.
     """
     rank, size = rank_and_size()
     paths = [Path(folder) / f"{start:09d}.npy" for start in range(0, count, CHUNK)]
@@ -134,71 +130,62 @@ def in_chunks(folder, count, make, description):
     return paths
 
 
-@lru_cache
-def open_chunk(path):
-    """A chunk file's array, mapped into memory."""
-    return np.load(path, mmap_mode="r")
-
-
 def read_batch(items, read):
-    """Items read in a worker process -> which could be, (b,) bool, and a batch of these."""
-    samples, good = [], np.zeros(len(items), bool)
+    """Items read in a worker process -> their number, places of good ones, a batch of these."""
+    samples = {}
     for i, item in enumerate(items):
         try:
-            samples.append(read(item))
-            good[i] = True
+            samples[i] = read(item)
         except Unreadable as error:
-            print(f"skipped: {error}", file=sys.stderr, flush=True)
-    return good, default_collate(samples) if samples else None
+            print(f"skipped: {error}", file=sys.stderr)
+    return len(items), list(samples), default_collate([*samples.values()]) if samples else None
 
 
 @torch.no_grad()
-def embed(items, read, encode, dimensions, workers=0):
-    """encode(batch of read(item)) for items in order: yields (b, D) float32, zeros for bad ones."""
+def embed(items, read, encode, D, workers=0):
+    """Unit vectors of encode(batch of read(item)): yields (b, D) on the CPU, zeros for bad ones."""
     read_some = partial(read_batch, read=read)
-    for good, batch in loader(items, workers, batch_size=128, collate_fn=read_some):
-        features = np.zeros((len(good), dimensions), np.float32)
-        if good.any():
-            features[good] = encode(batch).float().cpu().numpy()
+    for count, good, batch in loader(items, workers, batch_size=128, collate_fn=read_some):
+        features = torch.zeros(count, D)
+        if good:
+            features[good] = unit(encode(batch)).cpu()
         yield features
 
 
-def embed_all(items, read, encode, dimensions, device, workers=0):
+def embed_all(items, read, encode, D, device, workers=0):
     """The same in memory, shared by the ranks and the same on each -> (N, D) on the CPU."""
     rank, size = rank_and_size()
-    parts = embed(items[rank::size], read, encode, dimensions, workers)
-    mine = np.concatenate([np.zeros((0, dimensions), np.float32), *parts])
-    features = torch.zeros(len(items), dimensions, device=device)
-    features[rank::size] = torch.from_numpy(mine).to(device)
+    features = torch.zeros(len(items), D, device=device)
+    parts = embed(items[rank::size], read, encode, D, workers)
+    features[rank::size] = torch.cat([torch.zeros(0, D), *parts]).to(device)
     if size > 1:
-        dist.all_reduce(features)  # a sum: one rank made a row, the others left it 0
+        torch.distributed.all_reduce(features)  # a sum: one rank made a row, the others left it 0
     return features.cpu()
 
 
 def embed_to_disk(folder, kind, names, items, read, encode, clip, workers=0):
     """CLIP's unit embeddings of items, (M, D) fp16, in a folder named after them -> chunk files."""
     def make(start, end):
-        dimensions = clip.visual.config["output_dim"]
-        for features in embed(items[start:end], read, encode, dimensions, workers):
-            yield features.astype(np.float16)
+        D = clip.visual.config["output_dim"]
+        for features in embed(items[start:end], read, encode, D, workers):
+            yield features.half().numpy()
 
     folder = Path(folder) / f"{kind}-{short_digest(digest(clip), *names)}"
     return in_chunks(folder, len(items), make, f"CLIP embeds {len(items)} {kind}")
 
 
-def text_bank(folder, texts, clip, tokenizer, device):
+def text_bank(folder, texts, clip, tokenizer):
     """CLIP's embeddings of texts, as embed_to_disk leaves them."""
     return embed_to_disk(folder, "texts", texts, texts, lambda text: tokenizer([text])[0],
-                         lambda tokens: unit(clip.encode_text(tokens.to(device))), clip)
+                         clip.encode_text, clip)
 
 
-def frame_bank(folder, clips, clip, device, workers):
+def frame_bank(folder, clips, clip, workers):
     """Bank of CLIP's embeddings of all frames of clips."""
     frames = list(chain.from_iterable(c.frames for c in clips))
     names = [c.id for c in clips] + [os.path.basename(frame) for frame in frames]
     read = partial(load_image, size=clip.image_size)
-    paths = embed_to_disk(folder, "frames", names, frames, read,
-                          lambda images: unit(clip.encode_image(images.to(device))), clip, workers)
+    paths = embed_to_disk(folder, "frames", names, frames, read, clip.encode_image, clip, workers)
     return Bank(paths, np.arange(len(frames)), np.cumsum([0] + [len(c.frames) for c in clips]))
 
 
@@ -215,7 +202,7 @@ class Bank:
 
     def row(self, row):
         """One embedding -> (D,) float32."""
-        return torch.tensor(open_chunk(self.paths[row // CHUNK])[row % CHUNK].astype(np.float32))
+        return torch.tensor(open_chunk(self.paths[row // CHUNK])[row % CHUNK]).float()
 
     def draw(self, i, rng):
         """One of clip i's embeddings at random -> (D,). Raises Unreadable where it has none."""
@@ -239,7 +226,7 @@ class AudioLearner(nn.Module):
         """Batch -> audio features (B, D), their targets (B, kinds, D)."""
         wave = batch["wave"]
         # no autocast: bf16 would round the mel energies
-        with torch.no_grad(), torch.autocast(wave.device.type, enabled=False):
+        with torch.autocast(wave.device.type, enabled=False):
             x = mask(self.front_end(wave, batch["length"]), batch["draws"])      # (B, 1, T, F)
         return self.audio_encoder(x), batch["target"]
 
@@ -251,26 +238,28 @@ class AudioLearner(nn.Module):
         """Numbers for the log."""
         return {"temperature": self.log_scale.neg().exp().item()}
 
-    def embed(self, paths, device, workers=0):
+    def encode(self, batch):
+        """Padded waveforms and their lengths, on any device -> audio features (B, D)."""
+        wave, length = (part.to(self.audio_encoder.proj.device) for part in batch)
+        return self.audio_encoder(self.front_end(wave, length))
+
+    def embed(self, paths, workers=0):
         """Unit embeddings of sound files -> (N, D), zeros where one can't be read."""
-        def encode(batch):
-            wave, length = batch
-            return unit(self.audio_encoder(self.front_end(wave.to(device), length.to(device))))
-
-        dimensions = self.audio_encoder.config["output_dim"]
-        return embed_all(paths, self.front_end.load, encode, dimensions, device, workers)
+        D, device = self.audio_encoder.config["output_dim"], self.audio_encoder.proj.device
+        return embed_all(paths, self.front_end.load, self.encode, D, device, workers)
 
 
-class AudioSamples(Dataset):
+class AudioSamples:
     """Clips with banks of targets. samples[epoch, i] is a waveform (of a small set, filterbanks),
     a row of each bank, and draws for masks; all chance in it follows from seed, epoch and i."""
+    remember = Remember  # the front end of a small set
 
-    def __init__(self, clips, banks, front_end, seed, remember=Remember):
+    def __init__(self, clips, banks, front_end, seed):
         # an array, for forked workers copy a list's strings when they count references to them
         self.paths = np.array([os.fsencode(clip.audio) for clip in clips])
         self.banks, self.front_end, self.seed = banks, front_end, seed
         if 4 * len(clips) * front_end.samples < 2 ** 28:  # bytes
-            self.front_end = remember(**asdict(front_end))
+            self.front_end = self.remember(**vars(front_end))
 
     def __len__(self):
         return len(self.paths)
@@ -278,7 +267,7 @@ class AudioSamples(Dataset):
     def read(self, i, rng):
         wave, length = self.front_end.load(os.fsdecode(self.paths[i]))
         target = torch.stack([bank.draw(i, rng) for bank in self.banks])         # (kinds, D)
-        draws = torch.from_numpy(rng.random(4, dtype=np.float32))
+        draws = rng.random(4, np.float32)
         return {"wave": wave, "length": length, "target": target, "draws": draws}
 
     def __getitem__(self, key):
@@ -290,7 +279,7 @@ class AudioSamples(Dataset):
             except Unreadable as error:
                 reason = f"skipped: {error}"
             if offset == 0:
-                print(reason, file=sys.stderr, flush=True)
+                print(reason, file=sys.stderr)
         raise ValueError(f"{offset + 1} clips in a row can't be read; {reason}")
 
 
@@ -300,9 +289,8 @@ def batches(count, batch, seed, start, steps):
     An epoch's order follows from seed and epoch; what does not fill a batch at its end drops out.
     """
     rank, size = rank_and_size()
-    steps_per_epoch = count // batch
     for step in range(start, steps):
-        epoch, at = divmod(step, steps_per_epoch)
+        epoch, at = divmod(step, count // batch)
         if at == 0 or step == start:
             order = np.random.default_rng((seed, epoch)).permutation(count)
         mine = order[at * batch:(at + 1) * batch].reshape(size, -1)[rank]
@@ -315,31 +303,27 @@ def check_input(samples):
     x = samples.front_end(some["wave"], some["length"])                          # (32, 1, T, F)
     if abs(x.mean()) > 0.7 or not 0.4 < x.std() < 2:
         print0(f"warning: the encoder's input has mean {x.mean():.2f} and std {x.std():.2f}, not 0 "
-               f"and 1; --mean and --std come from data.py stats, with the other flags as here")
+               f"and 1; data.py stats tells --mean and --std")
 
 
 # -------------------------------------------------------------------------------- checkpoints
 def load_checkpoint(path, stages):
-    """A checkpoint of one of `stages`, a dict. Raises FileNotFoundError, ValueError."""
+    """A checkpoint of one of `stages`, a dict. Raises FileNotFoundError, Unreadable."""
     if not Path(path).exists():
-        raise FileNotFoundError(f"{path}: no such checkpoint (--checkpoint or --init names it). "
-                                f"pretrain.py makes one, clip_load.py vipant fetches the authors'")
-    check_zip(path)  # torch.load compares no checksums
-    with reading(path, "checkpoint of ours"):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        stage = checkpoint["stage"]
-    if stage not in stages:
-        raise ValueError(f"{path}: a checkpoint of stage '{stage}'; needed: {' or '.join(stages)}")
+        raise FileNotFoundError(f"{path}: no such file; run pretrain.py, or clip_load.py vipant")
+    with reading(path, f"{' or '.join(stages)} checkpoint"):
+        checkpoint = read_weights(path)
+        if checkpoint["stage"] not in stages:
+            raise ValueError(f"of stage '{checkpoint['stage']}'")
     return checkpoint
 
 
-def audio_encoder_of(checkpoint, path):
-    """The audio encoder of a loaded checkpoint, and its front end. Raises ValueError."""
-    with reading(path, "whole checkpoint"):
-        encoder = VisionTransformer(**checkpoint["encoder"])
-        learner = AudioLearner(encoder, FrontEnd(**checkpoint["front_end"]))
-        learner.load_state_dict(checkpoint["learner"])
-    return encoder.eval(), learner.front_end
+def learner_of(checkpoint):
+    """What a loaded checkpoint has learned -> AudioLearner."""
+    encoder = VisionTransformer(**checkpoint["encoder"])
+    learner = AudioLearner(encoder, FrontEnd(**checkpoint["front_end"]))
+    learner.load_state_dict(checkpoint["learner"])
+    return learner.eval()
 
 
 def resume(path, learner, optimizer, settings, about):
@@ -348,13 +332,12 @@ def resume(path, learner, optimizer, settings, about):
         return 0
     saved = load_checkpoint(path, [about["stage"]])
     then = saved["settings"] | saved.get("made_of", {})  # which an imported one lacks
-    now = asdict(settings) | about["made_of"]
+    now = vars(settings) | about["made_of"]
     free = {f.name for f in fields(settings) if f.metadata["free"]}
     changed = [f"{name} was {then.get(name)!r} and is {value!r}" for name, value in now.items()
                if name not in free and then.get(name) != value]
     if changed:
-        raise ValueError(f"{path} was made otherwise: {', '.join(changed)}. Choose another --out, "
-                         f"or delete it")
+        raise ValueError(f"{path}: {', '.join(changed)}; choose another --out, or delete it")
     learner.load_state_dict(saved["learner"])
     optimizer.load_state_dict(saved["optimizer"])
     return saved["step"]
@@ -365,7 +348,7 @@ def write_log(path, line, **values):
     """A line on the console, a JSON object in log.jsonl; a resumed run repeats some steps."""
     if rank_and_size()[0] == 0:
         with open(path, "a") as file:
-            file.write(json.dumps(values) + "\n")
+            print(json.dumps(values), file=file)
         print(line, flush=True)
 
 
@@ -393,34 +376,34 @@ def train(learner, samples, settings, about, validate, device):
     about     what the checkpoint says of itself: "stage", "made_of", and more
     validate  (learner) -> dict of numbers in %, called on every rank after each epoch
     """
-    (rank, size), gpu = rank_and_size(), device.type == "cuda"
+    (rank, size), count, gpu = rank_and_size(), len(samples), device.type == "cuda"
     path, log = Path(settings.out) / "checkpoint.pt", Path(settings.out) / "log.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    if settings.batch % size or not 0 < settings.batch <= len(samples):
-        raise ValueError(f"--batch {settings.batch}: choose one up to {len(samples)}, the number "
-                         f"of clips, that {size} rank(s) can share evenly")
-    steps_per_epoch = len(samples) // settings.batch
+    if settings.batch % size or not 0 < settings.batch <= count:
+        raise ValueError(f"--batch {settings.batch}: choose a multiple of {size} up to {count}")
+    steps_per_epoch = count // settings.batch
     steps = settings.steps or settings.epochs * steps_per_epoch
-    cpu_is_fast = torch.cpu._is_avx512_bf16_supported()
-    fast = torch.cuda.is_bf16_supported(including_emulation=False) if gpu else cpu_is_fast
-    bf16 = settings.precision == "bf16" or settings.precision == "auto" and fast
-    settings = replace(settings, precision="bf16" if bf16 else "fp32")
+    if settings.precision == "auto":
+        cpu_is_fast = torch.cpu._is_avx512_bf16_supported()
+        fast = torch.cuda.is_bf16_supported(including_emulation=False) if gpu else cpu_is_fast
+        settings = replace(settings, precision="bf16" if fast else "fp32")
     learner.to(device).train()
     learner.front_end = samples.front_end  # a small set's takes filterbanks
+    check_input(samples)
     optimizer = make_optimizer(learner, settings)
     start = resume(path, learner, optimizer, settings, about)
     learner.audio_encoder.transformer.recompute = settings.recompute
     if settings.compile == "yes" or settings.compile == "auto" and gpu:
         learner.audio_encoder.compile()
-    model = DistributedDataParallel(learner) if size > 1 else learner
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    model = nn.parallel.DistributedDataParallel(learner) if size > 1 else learner
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
     with autocast:
         peak_rate = matmul_rate(device)
     flops = 3 * learner.audio_encoder.flops()  # of a clip; a backward pass costs two forward
-    order = batches(len(samples), settings.batch, settings.seed, start, steps)
+    order = batches(count, settings.batch, settings.seed, start, steps)
     source = iter(loader(samples, settings.workers, batch_sampler=order, pin_memory=gpu))
-    write_log(log, f"{settings.out}: {len(samples)} clips, step {start} of {steps}, {size} rank(s) "
-              f"on {device}", command=sys.argv, settings=asdict(settings), ranks=size)
+    write_log(log, f"{settings.out}: {count} clips, step {start} of {steps}, {size} rank(s) "
+              f"on {device}", command=sys.argv, settings=vars(settings), ranks=size)
     logged, began, waiting, skipped = start, time.perf_counter(), 0.0, 0
     losses = torch.zeros((), device=device)  # summed on the device: to read it waits for the step
 
@@ -451,17 +434,15 @@ def train(learner, samples, settings, about, validate, device):
             continue
         mean_loss, seconds = losses.item() / (step - logged), time.perf_counter() - began
         if not all(p.isfinite().all() for p in (losses, *learner.parameters())):
-            raise ValueError(f"the loss is {mean_loss}: the weights diverge. The last checkpoint "
-                             f"stays in {path}; lower --lr-weights or --lr-biases")
-        if skipped > max(10, 0.01 * len(samples) / size):
+            raise ValueError(f"loss {mean_loss}: weights diverge; lower --lr-weights, --lr-biases")
+        if skipped > max(10, 0.01 * count / size):
             raise ValueError(f"{skipped} clips of this epoch can't be read, more than ten and more "
                              f"than 1 %; mend or remove the files named above, delete the banks")
         speed = (step - logged) * settings.batch / seconds
         numbers = {"epoch": step / steps_per_epoch, "loss": mean_loss, **learner.report(),
                    "lr": optimizer.param_groups[0]["lr"], "clips/s": speed,
-                   "MFU": speed * flops / peak_rate / size,
-                   "waiting": waiting / seconds, "skipped": skipped,
-                   "minutes left": (steps - step) * settings.batch / speed / 60}
+                   "MFU": speed * flops / peak_rate / size, "waiting": waiting / seconds,
+                   "skipped": skipped, "minutes left": (steps - step) * settings.batch / speed / 60}
         scores = validate(learner.eval()) if epoch_ends else {}
         learner.train()
         line = " | ".join(f"{name} {value:.4g}" for name, value in (numbers | scores).items())
@@ -469,8 +450,8 @@ def train(learner, samples, settings, about, validate, device):
         # save
         if saves and rank == 0:
             write_whole(path, partial(torch.save, about | {
-                "encoder": learner.audio_encoder.config, "front_end": asdict(learner.front_end),
-                "settings": asdict(settings), "step": step, "torch": str(torch.__version__),
+                "encoder": learner.audio_encoder.config, "front_end": vars(learner.front_end),
+                "settings": vars(settings), "step": step, "torch": str(torch.__version__),
                 "learner": learner.state_dict(), "optimizer": optimizer.state_dict()}))
         losses.zero_()
         logged, began, waiting = step, time.perf_counter(), 0.0
@@ -479,10 +460,9 @@ def train(learner, samples, settings, about, validate, device):
 
 # ------------------------------------------------------------------------------------ stage 1
 def top1_hits(queries, gallery, clips):
-    """Top-1 retrieval where relevant means the same label *set* (§3.2.2), or without any the clip.
+    """Top-1 retrieval: queries, gallery (N, D) -> each query's precision, 0 or 1, and recall (N,).
 
-    queries, gallery: (N, D) unit vectors of the N clips. Returns each query's precision, 0 or 1
-    (N,), and its recall, a hit's share of the relevant clips (N,).
+    Relevant is what has the same label *set* (§3.2.2), or without labels the same clip.
     """
     sets = ["\n".join(sorted(set(clip.labels))) or clip.id for clip in clips]
     kind = torch.from_numpy(np.unique(sets, return_inverse=True)[1])             # (N,)
@@ -491,12 +471,19 @@ def top1_hits(queries, gallery, clips):
     return hit, hit / torch.bincount(kind)[kind]
 
 
-def frame_retrieval(clips, bank, device, workers):
-    """(learner) -> how often a clip's second frame finds a sound with its labels, in % (Fig. 5)."""
+def frame_retrieval(folder, banks, clip, workers):
+    """(learner) -> how often a val clip's second frame finds a sound of its labels, % (Fig. 5)."""
+    try:
+        listed = read_split("audioset", folder, "val")
+    except FileNotFoundError as error:
+        print0(f"no validation: {error}")
+        return lambda learner: {}
+    clips = [each for each in listed if each.audio and each.frames]
+    bank = frame_bank(banks, clips, clip, workers)
     images = [bank.row(bank.of(i)[:2][-1]) for i in range(len(clips))]  # second frames, N × (D,)
 
     def validate(learner):
-        audio = learner.embed([clip.audio for clip in clips], device, workers)   # (N, D)
+        audio = learner.embed([each.audio for each in clips], workers)           # (N, D)
         both = [i for i in range(len(clips)) if audio[i].any() and images[i].any()]
         if not both:
             return {}
@@ -508,10 +495,8 @@ def frame_retrieval(clips, bank, device, workers):
 
 
 def training_clips(folder, leave_out):
-    """A folder's training clips with sound and frames, without those that AudioCaps tests.
-
-    leave_out: folder of AudioCaps' tables, or none. Raises FileNotFoundError, ValueError (no clip).
-    """
+    """A folder's training clips with sound and frames, but not what AudioCaps tests, whose tables
+    are in `leave_out`, or none. Raises FileNotFoundError, ValueError (no clip)."""
     listed = read_split("audioset", folder, "train")
     whole = [clip for clip in listed if clip.audio and clip.frames]
     held_out = set() if leave_out == "none" else held_out_by_audiocaps(leave_out, folder)
@@ -519,8 +504,7 @@ def training_clips(folder, leave_out):
     print0(f"{folder}: {len(clips)} of {len(listed)} clips train; {len(listed) - len(whole)} lack "
            f"sound or frames, {len(whole) - len(clips)} are of videos that AudioCaps tests")
     if not clips:
-        raise ValueError(f"{folder}: no clip to train on; python data.py extract cuts sound and "
-                         f"frames out of videos")
+        raise ValueError(f"{folder}: no clip to train on; data.py extract cuts them out of videos")
     return clips
 
 
@@ -529,15 +513,10 @@ def pretrain(settings, device):
     folder = dataset_folder(settings.data)
     banks = Path(settings.out).parent / "banks"  # beside the run: other runs use them too
     clips = training_clips(folder, settings.leave_out)
-    try:
-        val = [each for each in read_split("audioset", folder, "val") if each.audio and each.frames]
-    except FileNotFoundError as error:
-        val = []
-        print0(f"no validation: {error}")
     clip = load_clip(find_clip(settings.clip), device)
     tokenizer = load_tokenizer(settings.vocab, clip)
-    bank = frame_bank(banks, clips, clip, device, settings.workers)
-    val_bank = frame_bank(banks, val, clip, device, settings.workers)
+    bank = frame_bank(banks, clips, clip, settings.workers)
+    validate = frame_retrieval(folder, banks, clip, settings.workers)
     torch.manual_seed(settings.seed)
     make = audio_encoder_from_clip if settings.init == "clip" else blank_audio_encoder
     strides = settings.stride_time, settings.stride_mel
@@ -545,11 +524,9 @@ def pretrain(settings, device):
     front_end = FrontEnd(settings.sample_rate, settings.mels, settings.frames, settings.mean,
                          settings.std)
     samples = AudioSamples(clips, [bank], front_end, settings.seed)
-    check_input(samples)
     made_of = {"clips": short_digest(*(c.id for c in clips)), "CLIP": digest(clip)}
     about = {"stage": "pretrain", "made_of": made_of, "clip": pack_clip(clip, tokenizer)}
-    train(AudioLearner(encoder, front_end), samples, settings, about,
-          frame_retrieval(val, val_bank, device, settings.workers), device)
+    train(AudioLearner(encoder, front_end), samples, settings, about, validate, device)
 
 
 # ------------------------------------------------------------------------------ the toy's CLIP
@@ -581,19 +558,16 @@ def make_toy_world():
 def main():
     settings = parse(Settings(), {"toy": TOY}, description=__doc__)
     toy = settings.data == "toy"
-    if toy and settings.clip == TOY.clip and os.environ.get("RANK", "0") == "0":
+    if toy and os.environ.get("RANK", "0") == "0":
         make_toy_world()
     device = join_ranks()  # where the others wait for the toy's CLIP
     name = "pretrain" if settings.init == "clip" else "pretrain-random"
-    default = f"out/{dataset_folder(settings.data).name}/{name}"
-    settings = replace(settings, out=settings.out or default)
-    pretrain(settings, device)
-    flags = ["--checkpoint", f"{settings.out}/checkpoint.pt", "--task", "toy" if toy else "all"]
-    print0(f"next: python evaluate.py {' '.join(flags)}; for sounds of your own, not a dataset in "
-           f"data/, the same with --task search --audio FOLDER --query WORDS")
+    out = settings.out or f"out/{dataset_folder(settings.data).name}/{name}"
+    pretrain(replace(settings, out=out), device)
+    flags = ["--checkpoint", f"{out}/checkpoint.pt", "--task", "toy" if toy else "all"]
+    print0(f"next: python evaluate.py {' '.join(flags)}, or with sounds of your own --task search")
     if toy and rank_and_size()[1] == 1:
-        script = Path(__file__).with_name("evaluate.py")
-        sys.exit(subprocess.run([sys.executable, script, *flags], check=False).returncode)
+        sys.exit(subprocess.call([sys.executable, Path(__file__).with_name("evaluate.py"), *flags]))
 
 
 if __name__ == "__main__":

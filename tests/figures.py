@@ -142,7 +142,7 @@ def similarity(path, model, clips, texts):
     for axes, encoder, title in zip(panels, (untrained, trained),
                                     ("CLIP's eye, untrained", "after")):
         learner = pretrain.AudioLearner(encoder.eval(), front_end)
-        audio = learner.embed([clip.audio for clip in clips], CPU)
+        audio = learner.embed([clip.audio for clip in clips])
         cosines = audio @ targets.T                                              # (N, N)
         own = (cosines.argmax(1) == torch.arange(len(cosines))).float().mean().item()
         drawn = axes.imshow(cosines - cosines.mean(), cmap="RdBu_r", vmin=-0.8, vmax=0.8)
@@ -154,7 +154,7 @@ def similarity(path, model, clips, texts):
 
 def retrieval(path, model, clips, texts, count=4):
     """What is found for sounds spread evenly over the set: the sound, its frame, five texts."""
-    audio = model.learner.embed([clip.audio for clip in clips], CPU)
+    audio = model.learner.embed([clip.audio for clip in clips])
     cosines = audio @ model.embed_texts(texts).T                                 # (N, N)
     figure, rows = blank(9, 1.35 * count, count, 3, width_ratios=(2, 1.2, 5))
     for row, i in zip(rows, np.linspace(0, len(clips) - 1, count).round().astype(int)):

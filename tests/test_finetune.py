@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import kill_at_random, run, write_esc50
-from data import Clip, FrontEnd, RememberSounds, read_index
+from data import Clip, FrontEnd, read_index
 from finetune import PRESETS, Settings
 from model import VisionTransformer
 from pretrain import AudioLearner, AudioSamples, load_checkpoint, parse
@@ -99,7 +99,7 @@ def test_masks_are_drawn_anew_in_each_epoch_and_mixtures_are_as_by_hand(world):
     clips = read_index(world / "train.jsonl")[:5]
     classes = sorted({label for c in clips for label in c.labels})
     samples = finetune.MixedSamples(clips, [finetune.Labels(clips, classes)],
-                                    FrontEnd(16_000, 32, 100), 0, RememberSounds)
+                                    FrontEnd(16_000, 32, 100), 0)
     rng = np.random.default_rng(3)
     one = samples.read(2, rng)
     other, share = AudioSamples.read(samples, rng.integers(5), rng), rng.beta(10, 10)
