@@ -144,8 +144,8 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, input_size, patch, stride, channels, width, layers, heads, output_dim):
         super().__init__()
-        self.input_size = input_size
-        self.config = {"input_size": input_size, "patch": patch, "stride": stride,
+        self.input_size = tuple(input_size)
+        self.config = {"input_size": self.input_size, "patch": patch, "stride": tuple(stride),
                        "channels": channels, "width": width, "layers": layers, "heads": heads,
                        "output_dim": output_dim}
         self.grid = tuple((size - patch) // step + 1 for size, step in zip(input_size, stride))
@@ -250,12 +250,14 @@ def parameter_groups(module, lr_weights, lr_biases, weight_decay):
 
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling (Table 5), as the authors' code has it: with `adapt` the
-    trust ratio is 0.001 ‖p‖ / ‖g + wd·p‖ (1 where a norm is 0), unlike You et al.'s; momentum 0.9.
+    """Layer-wise adaptive rate scaling (Table 5), as the authors' code has it.
+
+    With `adapt` the trust ratio is η‖p‖ / ‖g + wd·p‖ (1 where a norm is 0), unlike You et al.'s.
     """
 
-    def __init__(self, groups, lr=0.0):
-        super().__init__(groups, {"lr": lr, "weight_decay": 0.0, "adapt": True})
+    def __init__(self, groups, lr=0.0, weight_decay=0.0, momentum=0.9, eta=0.001, adapt=True):
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum,
+                                  "eta": eta, "adapt": adapt})
         for group in self.param_groups:
             for p in group["params"]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
@@ -263,17 +265,19 @@ class LARS(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            params = group["params"]
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
             momenta = [self.state[p]["momentum"] for p in params]
             grads = [p.grad for p in params]  # _foreach: all of them in a few kernels
             updates = torch._foreach_add(grads, params, alpha=group["weight_decay"])
             if group["adapt"]:
                 p_norm = torch.stack(torch._foreach_norm(params))                # (tensors,)
                 g_norm = torch.stack(torch._foreach_norm(updates))               # (tensors,)
-                ratio = 0.001 * p_norm / g_norm
+                ratio = group["eta"] * p_norm / g_norm
                 ratio = ratio.where((p_norm > 0) & (g_norm > 0), 1.0)
                 torch._foreach_mul_(updates, ratio.unbind())
-            torch._foreach_mul_(momenta, 0.9)
+            torch._foreach_mul_(momenta, group["momentum"])
             torch._foreach_add_(momenta, updates)
             torch._foreach_add_(params, momenta, alpha=-group["lr"])  # unlike You et al., too
 
