@@ -235,7 +235,7 @@ def pivots(model, name, folder):
 TASKS = {"audiocaps": retrieval, "clotho": retrieval, "esc50": zero_shot, "us8k": zero_shot,
          "vggsound": zero_shot, "audioset": zero_shot, "va": image_audio, "pivot": pivots,
          "oracle": partial(retrieval, by="frames")}
-DATASETS = {"va": "audioset", "pivot": "audiocaps", "oracle": "audiocaps", "scaling": "esc50"}
+DATASETS = {"va": "audioset", "pivot": "audiocaps", "oracle": "audiocaps"}
 TOY_PARTS = {"frame-text": "oracle", "audio-text": "audiocaps", "labels": "esc50"}
 
 
@@ -514,8 +514,8 @@ def main():
     out = Path(args.out or paths[0].parent)
     if args.task == "curve":
         return curve(paths, out)
-    if not sounds and (args.data or args.task != "all"):  # said before a missing checkpoint
-        folder = dataset_folder(args.data or DATASETS.get(args.task, args.task))
+    if args.data:
+        dataset_folder(args.data)  # which is said once, and before a missing checkpoint
     models = [Model(path, device) for path in paths]
     if sounds:
         heard = hear(models[0], args.audio, out / "heard")
@@ -524,7 +524,7 @@ def main():
     elif args.task == "tag":
         tag(models[0], heard, args.labels)
     elif args.task == "scaling":
-        scaling(models, folder, args.target, out)
+        scaling(models, dataset_folder(args.data or "esc50"), args.target, out)
     else:
         run_tasks(models, args, out)
 
