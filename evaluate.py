@@ -407,16 +407,13 @@ def hear(model, places, memory):
     for path in tqdm(paths, "listening"):
         of_file = f"{os.path.realpath(path)} {os.path.getsize(path)} {os.path.getmtime(path)}"
         kept = memory / f"{short_digest(of_file, ear)}.npy"
-        if kept.exists():
-            rows = torch.tensor(np.load(kept))                                   # (W, 2 + D)
-        else:
-            try:
-                rows = embed_windows(model, path)
-            except Unreadable as error:
-                tqdm.write(f"skipped: {error}", sys.stderr)
-                continue
-            with suppress(OSError):  # where nothing can be kept, it is heard anew next time
-                write_whole(kept, partial(np.save, arr=rows))
+        try:
+            if not kept.exists():
+                write_whole(kept, partial(np.save, arr=embed_windows(model, path)))
+        except Unreadable as error:
+            tqdm.write(f"skipped: {error}", sys.stderr)
+            continue
+        rows = torch.tensor(np.load(kept))                                       # (W, 2 + D)
         heard += [(path, *row[:2].tolist(), row[2:]) for row in rows]
     if not heard:
         raise ValueError(f"none of {len(paths)} recordings in {', '.join(places)} can be heard")
