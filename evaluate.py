@@ -19,7 +19,6 @@ import sys
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 from clip_load import digest, lengthen, short_digest, unpack_clip
@@ -32,7 +31,6 @@ from pretrain import (AudioLearner, Training, audio_encoder_of, embed_all, load_
 
 import numpy as np
 import torch
-from torch.utils.data import default_collate
 from tqdm import tqdm
 
 PROMPT = "the sound of"  # §4.1, "Prompting (usually) helps"
@@ -387,15 +385,12 @@ def curve(paths, out):
 def embed_windows(model, path):
     """A recording's windows -> (W, 2 + D): start and end in s, unit embedding, 0 where silent."""
     front_end, rows = model.learner.front_end, []
-    windows = audio_windows(path, front_end.sample_rate, front_end.seconds)
-    while some := list(islice(windows, 32)):  # hours of sound need not be in memory
-        times = torch.tensor([window[:2] for window in some])                    # (32, 2)
-        waves, lengths = default_collate([front_end.pad(wave) for _, _, wave in some])
-        x = front_end(waves.to(model.device), lengths.to(model.device))          # (32, 1, T, F)
-        features = unit(model.learner.audio_encoder(x)).cpu()                    # (32, D)
-        features *= waves.diff().any(1, keepdim=True)
-        rows.append(torch.cat([times, features], dim=1))
-    return torch.cat(rows)
+    for start, end, wave in audio_windows(path, front_end.sample_rate, front_end.seconds):
+        padded, length = front_end.pad(wave.to(model.device))                    # (S,)
+        x = front_end(padded[None], torch.tensor([length], device=model.device))  # (1, 1, T, F)
+        feature = unit(model.learner.audio_encoder(x))[0].cpu()                  # (D,)
+        rows.append(torch.cat([torch.tensor([start, end]), feature * wave.diff().any()]))
+    return torch.stack(rows)
 
 
 def hear(model, places, memory):
