@@ -165,7 +165,6 @@ def mined_pairs(settings, folder, out, device):
     clip = load_clip(find_clip(settings.clip), device)
     tokenizer = load_tokenizer(settings.vocab, clip)
     texts = [f"{POOL_PROMPTS[settings.source]} {caption}" for caption in pool]
-    print0(f"pool of {len(pool)} captions")
     frames = frame_bank(out / "banks", clips, clip, device, settings.workers)
     captions = text_bank(out / "banks", texts, clip, tokenizer, device)
     mined = mine(frames, captions, settings.k, device)                           # (M, k)
