@@ -22,7 +22,7 @@ from clip_load import find_clip, load_clip, load_tokenizer, short_digest
 from data import (add_labels, captions_of, dataset_folder, read_coco_captions, read_published,
                   read_split, run, write_whole)
 from evaluate import PROMPT
-from model import barrier, join_ranks, print0, rank_and_size
+from model import join_ranks, print0, rank_and_size
 from pretrain import (CHUNK, TOY, Training, frame_bank, in_chunks, open_chunk, parse, setting,
                       text_bank, training_clips)
 
@@ -68,9 +68,8 @@ def caption_pool(source, folder, out):
     if files:
         lines = files[0].read_text(encoding="utf-8").splitlines()
     elif source == "ac":  # the captions alone: whose they are is not looked at
-        listed = read_published(dataset_folder("audiocaps") / "train.csv")
-        listed += read_split("clotho", dataset_folder("clotho"), "train")
-        lines = captions_of(listed)
+        clips = read_published(dataset_folder("audiocaps") / "train.csv")
+        lines = captions_of(clips + read_split("clotho", dataset_folder("clotho"), "train"))
     elif source == "vc":
         coco = dataset_folder("mscoco")
         lines = read_coco_captions(coco, "train") + read_coco_captions(coco, "val")
@@ -82,11 +81,9 @@ def caption_pool(source, folder, out):
     return pool
 
 
-def generate(settings, device):
+def generate(settings, folder, out, device):
     """A language model reads captions of pictures and goes on with its own (§3.3, FC) -> fc.txt."""
     from transformers import pipeline
-    folder = folder_of("fc", settings.data)
-    out = Path(settings.out or f"out/{folder.name}")
     shown = caption_pool("vc", folder, out)
     model = pipeline("text-generation", settings.model, device=device, dtype=torch.float16)
     model.tokenizer.pad_token = model.tokenizer.pad_token or model.tokenizer.eos_token
@@ -122,23 +119,20 @@ FOUND = np.dtype([("cosine", np.float32), ("caption", np.int32)])
 
 def nearest(images, pool, k):
     """images (b, D), pool (P, D) -> their k largest cosines, and whose these are, 2 × (b, k)."""
-    best = images.new_empty(len(images), 0)
-    index = best.long()
+    best, index = [], []
     for start in range(0, len(pool), CHUNK):
-        cosines = images @ pool[start:start + CHUNK].float().T                   # (b, c)
-        cosines, place = cosines.topk(min(k, cosines.shape[1]))                  # 2 × (b, k)
-        best = torch.cat([best, cosines], dim=1)                                 # (b, 2k)
-        index = torch.cat([index, start + place], dim=1)                         # (b, 2k)
-        best, order = best.topk(min(k, best.shape[1]))                           # 2 × (b, k)
-        index = index.gather(1, order)                                           # (b, k)
-    return best, index
+        block = pool[start:start + CHUNK].float()                                # (c, D)
+        cosines, place = (images @ block.T).topk(min(k, len(block)))             # 2 × (b, k)
+        best.append(cosines)
+        index.append(start + place)
+    cosines, order = torch.cat(best, 1).topk(min(k, len(pool)))                  # 2 × (b, k)
+    return cosines, torch.cat(index, 1).gather(1, order)
 
 
 def mine(frames, captions, k, device):
     """Each frame's k nearest captions -> (M, k) of FOUND, kept in chunk files beside the banks.
 
-    frames: a Bank; captions: a bank's chunk files. Memory holds captions and a block of cosines.
-    """
+    frames: a Bank; captions: a bank's chunk files. Memory holds captions and a block of cosines."""
     pool = torch.cat([torch.tensor(open_chunk(path)) for path in captions]).to(device)  # (P, D)
 
     def make(start, end):
@@ -171,7 +165,6 @@ def mined_pairs(settings, folder, out, device):
     clip = load_clip(find_clip(settings.clip), device)
     tokenizer = load_tokenizer(settings.vocab, clip)
     texts = [f"{POOL_PROMPTS[settings.source]} {caption}" for caption in pool]
-    print0(f"pool of {len(pool)} captions")
     frames = frame_bank(out / "banks", clips, clip, settings.workers)
     captions = text_bank(out / "banks", texts, clip, tokenizer)
     mined = mine(frames, captions, settings.k, device)                           # (M, k)
@@ -204,24 +197,6 @@ def gold_pairs(source, folder, seed):
     return clips, lambda i: {"captions": captions[i]}
 
 
-def write_pairs(path, clips, found):
-    """Write a line for each clip that found a caption -> the lines' numbers of captions."""
-    counts = []
-
-    def save(part):
-        with open(part, "w") as file:
-            for i, clip in enumerate(clips):
-                row = {"id": clip.id} | found(i)
-                if row["captions"]:
-                    file.write(json.dumps(row) + "\n")
-                    counts.append(len(row["captions"]))
-        if not counts:
-            raise ValueError("not one clip gets a caption; lower --threshold")
-
-    write_whole(path, save)
-    return counts
-
-
 def preview(path, clips, found, count):
     """A contact sheet: `count` clips, a frame of each beside its first captions."""
     from matplotlib.figure import Figure
@@ -237,23 +212,32 @@ def preview(path, clips, found, count):
     figure.savefig(path)
 
 
-def curate(settings, device):
-    """Make <out>/<source>.jsonl and say how many pairs it holds."""
-    source, folder = settings.source, folder_of(settings.source, settings.data)
-    out = Path(settings.out or f"out/{folder.name}")
+def curate(settings, folder, out, device):
+    """Make <out>/<source>.jsonl, a line for each clip that gets a caption; say how many pairs."""
+    source, counts = settings.source, []  # of each line's captions
     if source in POOL_PROMPTS:
         clips, found = mined_pairs(settings, folder, out, device)
     else:
         clips, found = gold_pairs(source, folder, settings.seed)
+
+    def save(part):
+        with open(part, "w") as file:
+            for i, clip in enumerate(clips):
+                row = {"id": clip.id} | found(i)
+                if row["captions"]:
+                    file.write(json.dumps(row) + "\n")
+                    counts.append(len(row["captions"]))
+        if not counts:
+            raise ValueError("not one clip gets a caption; lower --threshold")
+
     if rank_and_size()[0] == 0:
         path = out / f"{source}.jsonl"
-        counts = write_pairs(path, clips, found)
+        write_whole(path, save)
         if settings.preview:
             preview(path.with_suffix(".png"), clips, found, settings.preview)
         print(f"{path}: {len(counts)} of {len(clips)} clips with captions, {sum(counts)} pairs "
               f"(paper: {PAPER_PAIRS[source]})\nnext: python finetune.py --source {source} "
               f"--data {settings.data or folder.name} --out {out}/at-{source}")
-    barrier()
 
 
 def main():
@@ -263,7 +247,9 @@ def main():
     settings = parse(Settings(), {"toy": toy}, sys.argv[2 if generates else 1:], __doc__)
     if not settings.source and not generates:
         raise ValueError(f"--source is needed: one of {', '.join(PAPER_PAIRS)}")
-    (generate if generates else curate)(settings, join_ranks())
+    folder = folder_of(settings.source or "fc", settings.data)
+    out = Path(settings.out or f"out/{folder.name}")
+    (generate if generates else curate)(settings, folder, out, join_ranks())
 
 
 if __name__ == "__main__":

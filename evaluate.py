@@ -19,7 +19,6 @@ import sys
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 from clip_load import digest, lengthen, short_digest, unpack_clip
@@ -27,7 +26,7 @@ from data import (AUDIO, VIDEO, Unreadable, audio_windows, captions_of, dataset_
                   labels_of, load_audio, load_image, read_published, read_split, read_text, run,
                   table_of, write_whole)
 from model import join_ranks, print0, rank_and_size, unit
-from pretrain import (AudioLearner, Training, embed_all, learner_of, load_checkpoint, open_chunk,
+from pretrain import (AudioLearner, Training, embed_all, learner_of, load_checkpoint,
                       top1_hits)
 
 import numpy as np
@@ -53,26 +52,20 @@ def interval(values):
     return [percent(values), *means.quantile(torch.tensor([0.025, 0.975])).tolist()]
 
 
-def retrieval_ranks(audio, captions, count, gallery):
-    """How many others of its gallery are at least as near as the right one: a2t (N, 1), t2a (N, 5).
+def retrieval_metrics(audio, captions, captions_per_clip=5, mean=percent, gallery=None):
+    """Both ways' recall at 1, 5, 10 and median rank (from 1), by `mean`: `percent` or `interval`.
 
-    audio (N, D), captions (5N, D), gallery (N,). A sound looks for the best of its own captions."""
-    assert len(captions) == count * len(audio)
-    similarity = unit(audio) @ unit(captions).T                                  # (N, 5N)
-    similarity[gallery[:, None] != gallery.repeat_interleave(count)] = -torch.inf
-    own = similarity.unflatten(1, (-1, count)).diagonal().T                      # (N, 5)
+    audio (N, D), captions (5N, D), gallery (N,). A sound looks for its best own caption."""
+    similarity, result = unit(audio) @ unit(captions).T, {}                      # (N, 5N)
+    if gallery is not None:
+        of_caption = gallery.repeat_interleave(captions_per_clip)                # (5N,)
+        similarity[gallery[:, None] != of_caption] = -torch.inf
+    own = similarity.unflatten(1, (-1, captions_per_clip)).diagonal().T          # (N, 5)
     best = own.amax(1, keepdim=True)                                             # (N, 1)
     # differs from the paper, which does not say: a tie is lost (so is NaN), or equal features score
     a2t = (~(similarity < best)).sum(1) - (~(own < best)).sum(1)                 # (N,)
     t2a = (~(similarity < own.flatten())).sum(0) - 1                             # (5N,)
-    return a2t[:, None], t2a.view_as(own)
-
-
-def retrieval_metrics(audio, captions, captions_per_clip=5, mean=percent, gallery=None):
-    """Both ways' recall at 1, 5, 10 and median rank (from 1). mean: `percent` or `interval`."""
-    result, gallery = {}, torch.zeros(len(audio)) if gallery is None else gallery
-    ways = zip(("a2t", "t2a"), retrieval_ranks(audio, captions, captions_per_clip, gallery))
-    for way, rank in ways:
+    for way, rank in (("a2t", a2t[:, None]), ("t2a", t2a.view_as(own))):
         for k in (1, 5, 10):
             result[f"{way}_r{k}"] = mean((rank < k).float().mean(1))
         result[f"{way}_median"] = 1 + rank.float().quantile(0.5).item()
@@ -96,8 +89,7 @@ def pivotability(audio, images, captions, k):
     leads_to = (images @ captions.T).topk(min(5, len(captions))).indices         # (N, 5)
     found = torch.zeros(len(audio), len(captions))
     found.scatter_(1, leads_to[near].flatten(1), 1.0)                            # (N, 5N)
-    own = torch.arange(len(captions)).view(len(audio), -1)                       # (N, 5)
-    return found.gather(1, own).mean(1)
+    return found.unflatten(1, (len(audio), -1)).diagonal().mean(0)               # (N,)
 
 
 # --------------------------------------------------------------------- a checkpoint as a model
@@ -115,14 +107,6 @@ class Model:
         self.row = settings.get("source", "").upper() or start  # of the paper's tables
         self.pairs = settings.get("pairs")  # that fine-tuning had
         self.missing = set()  # clips that tasks do not find on disk
-
-    def longer(self, factor):
-        """The same model for longer sounds: its positions are resized once more (App. D)."""
-        other, short = copy.copy(self), self.learner.front_end
-        front_end = replace(short, frames=round(factor * short.frames))
-        encoder = lengthen(self.learner.audio_encoder, front_end.frames)
-        other.learner = AudioLearner(encoder, front_end)
-        return other
 
     def embed(self, clips, kind):
         """Unit embeddings of clips' "audio" or "frames" -> (N, D); zeros for what can't be read."""
@@ -148,8 +132,7 @@ CLASSES = {"esc50": 50, "us8k": 10, "audioset": 527}  # of the sets that the pap
 def prepare(model, name, folder, kinds, need=(), split="test"):
     """What a task needs of a dataset -> clips, what is to be said of them, embeddings (N, D).
 
-    kinds: "audio", "frames"; need: keys of each clip. What can't be read is left out, and counted.
-    Raises FileNotFoundError, ValueError."""
+    kinds: "audio", "frames"; need: keys of each clip. Raises FileNotFoundError, ValueError."""
     listed, table = read_split(name, folder, split, need), table_of(name, folder, split)
     clips = [clip for clip in listed if ("audio" not in kinds or os.path.isfile(clip.audio))
              and ("frames" not in kinds or clip.frames)]
@@ -176,8 +159,8 @@ def prepare(model, name, folder, kinds, need=(), split="test"):
              "looked_for": listed[0].audio or listed[0].id, "labels": labels_of(listed, folder),
              "published": table.exists(), "chance": {}}
     if not clips:
-        raise ValueError("{data}: no {0} of {listed} clips to read; looked for {looked_for}, for "
-                         "example".format(" and ".join(kinds), **about))
+        raise ValueError("{data}: no {0} of {listed} clips to read; looked for {looked_for} …"
+                         .format(" and ".join(kinds), **about))
     return clips, about, *(rows[good] for rows in features)
 
 
@@ -192,7 +175,7 @@ def retrieval(model, name, folder, by="audio"):
         texts = model.embed_texts(captions, prompt)                              # (5N, D)
         values[variant] = retrieval_metrics(features, texts, count, interval, gallery)
     for k in (1, 5, 10):
-        missed = math.comb(M - count, min(k, M)) / math.comb(M, min(k, M))  # by k drawn blindly
+        missed = math.comb(M - count, k) / max(1, math.comb(M, k))  # by k drawn blindly
         chance |= {f"a2t_r{k}": 100 * (1 - missed), f"t2a_r{k}": 100 * min(1, k / size)}
     return about | {"values": values}
 
@@ -203,8 +186,8 @@ def zero_shot(model, name, folder):
     labels = about["labels"]
     about["published"] &= CLASSES.get(name) == len(labels)
     target = torch.zeros(len(clips), len(labels), dtype=torch.bool)              # (N, K)
-    for i, clip in enumerate(clips):
-        target[i, [labels.index(label) for label in clip.labels]] = True
+    for row, clip in zip(target, clips):
+        row[[labels.index(label) for label in clip.labels]] = True
     fold = torch.tensor([clip.fold for clip in clips])                           # (N,)
     values, by_class = {}, {}
     for variant, prompt in PROMPTS.items():
@@ -250,7 +233,7 @@ def pivots(model, name, folder):
 TASKS = {"audiocaps": retrieval, "clotho": retrieval, "esc50": zero_shot, "us8k": zero_shot,
          "vggsound": zero_shot, "audioset": zero_shot, "va": image_audio, "pivot": pivots,
          "oracle": partial(retrieval, by="frames")}
-DATASETS = {"va": "audioset", "pivot": "audiocaps", "oracle": "audiocaps", "scaling": "esc50"}
+DATASETS = {"va": "audioset", "pivot": "audiocaps", "oracle": "audiocaps"}
 TOY_PARTS = {"frame-text": "oracle", "audio-text": "audiocaps", "labels": "esc50"}
 
 
@@ -258,9 +241,12 @@ def measure(model, task, folder):
     """A task on the dataset in a folder -> {part: result}."""
     if task == "toy":
         return {part: measure(model, name, folder)[name] for part, name in TOY_PARTS.items()}
-    if task == "clotho":  # 10 s and 18 s
+    if task == "clotho":  # on 10 s, and on 18 s with positions resized once more (App. D)
+        longer, learner = copy.copy(model), model.learner
+        front_end = replace(learner.front_end, frames=round(1.8 * learner.front_end.frames))
+        longer.learner = AudioLearner(lengthen(learner.audio_encoder, front_end.frames), front_end)
         return {f"clotho {each.learner.front_end.seconds:g} s": retrieval(each, task, folder)
-                for each in (model, model.longer(1.8))}
+                for each in (model, longer)}
     return {task: TASKS[task](model, DATASETS.get(task, task), folder)}
 
 
@@ -286,7 +272,7 @@ PAPER_COLUMNS = {"audiocaps": 0, "clotho 18 s": 4, "clotho 10 s": 8, "esc50": 12
 def paper_of(row, part):
     """What the paper reports in a row of its tables for a part of ours: {variant: {metric: %}}."""
     row = "oracle" if part == "oracle" else row
-    numbers = [float(number) for number in PAPER[row][PAPER_COLUMNS.get(part, 18):]]
+    numbers = map(float, PAPER[row][PAPER_COLUMNS.get(part, 18):])
     if part in CLASSES:
         metric = "map" if part == "audioset" else "accuracy"
         return {variant: {metric: number} for variant, number in zip(PROMPTS, numbers)}
@@ -307,16 +293,15 @@ def show(part, runs):
         columns[one["checkpoint"]] = one["results"][part]["values"]
         if result["published"]:
             columns[f"paper: {one['row']}"] = paper_of(one["row"], part)
-    lines = [["%", *columns, "chance"]]
+    columns["chance"] = dict.fromkeys(result["values"], result["chance"])
+    print0("\n{}: {clips} of {listed} clips in {data} (looked for {looked_for} …), {unreadable} "
+           "unreadable".format(part, **result))
+    line = "  " + " {:23}" * (1 + len(columns))
+    print0(line.format("%", *columns))
     for variant, values in result["values"].items():
         for metric in values:
             numbers = [column.get(variant, {}).get(metric) for column in columns.values()]
-            numbers.append(result["chance"].get(metric))
-            lines.append([f"{metric} {variant}", *map(cell, numbers)])
-    print0("\n{}: {clips} of {listed} clips in {data} (looked for {looked_for} …), {unreadable} "
-           "unreadable".format(part, **result))
-    for line in lines:
-        print0("  ", *(text.ljust(23) for text in line))
+            print0(line.format(f"{metric} {variant}", *map(cell, numbers)))
 
 
 def tell(row, results):
@@ -339,17 +324,16 @@ def save(path, write):
 
 
 def draw(path, title, lines):
-    """{name: (x, y)} as a PNG. matplotlib is imported here: most commands need none."""
+    """{name: {x: y}} as a PNG. matplotlib is imported here: most commands need none."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    axes = figure.subplots()
-    for name, (x, y) in lines.items():
-        axes.plot(x, y, "o-", label=name)
+    axes = Figure(figsize=(9, 4), layout="constrained").subplots()
+    for name, points in lines.items():
+        axes.plot(points.keys(), points.values(), "o-", label=name)
     axes.set_title(title)
     axes.tick_params("x", rotation=90)
     axes.legend()
-    save(path, figure.savefig)
+    save(path, axes.figure.savefig)
 
 
 def draw_classes(path, part, runs):
@@ -359,7 +343,7 @@ def draw_classes(path, part, runs):
         scores = one["results"][part]["by class"]["prompt"]
         labels = labels or sorted(scores, key=scores.get, reverse=True)
         some = labels[:25] + labels[25:][-25:]
-        lines[one["checkpoint"]] = (some, [scores[label] for label in some])
+        lines[one["checkpoint"]] = {label: scores[label] for label in some}
     draw(path, f"{part} by class (%)", lines)
 
 
@@ -371,15 +355,15 @@ def scaling(models, folder, target, out):
         accuracies.setdefault(model.pairs, []).append(accuracy)
     if len(accuracies) < 3 or not all(accuracies):
         raise ValueError("needed: checkpoints of finetune.py --source gc --pairs N, three N")
-    accuracies = dict(sorted(accuracies.items()))
-    x, y = np.log2(list(accuracies)), [np.mean(each) for each in accuracies.values()]
+    pairs = sorted(accuracies)
+    x, y = np.log2(pairs), [np.mean(accuracies[count]) for count in pairs]
     (slope, intercept), r2 = np.polyfit(x, y, 1), np.corrcoef(x, y)[0, 1] ** 2
     at = (target - intercept) / slope if slope > 0 else math.inf
     line = f"{intercept:.1f} + {slope:.2f} · log2(pairs), R² {r2:.2f}, {target:g} % at 2^{at:.1f}"
-    print0(f"accuracy at {list(accuracies)} pairs:", *map(cell, y), f"\n{line}")
-    ends = np.array([*x, min(at, 30)])
+    print0(f"accuracy at {pairs} pairs:", *map(cell, y), f"\n{line}")
+    fit = {end: slope * end + intercept for end in (*x, min(at, 30))}
     draw(out / "scaling.png", "zero-shot accuracy (%) over log2(gold pairs)",
-         {"measured": (x, y), line: (ends, slope * ends + intercept)})
+         {"measured": dict(zip(x, y)), line: fit})
 
 
 def curve(paths, out):
@@ -392,7 +376,7 @@ def curve(paths, out):
             for metric, score in row.get("validation", {}).items():
                 scores[row["epoch"]] = score
         print0(f"{path.parent}, {metric}:", *map(cell, scores.values()))
-        lines[path.parent] = (list(scores), list(scores.values()))
+        lines[path.parent] = scores
     draw(out / "curve.png", f"{metric} (%) by epoch", lines)
 
 
@@ -401,35 +385,29 @@ def curve(paths, out):
 def embed_windows(model, path):
     """A recording's windows -> (W, 2 + D): start and end in s, unit embedding, 0 where silent."""
     front_end, rows = model.learner.front_end, []
-    windows = audio_windows(path, front_end.sample_rate, front_end.seconds)
-    while some := list(islice(windows, 32)):  # hours of sound need not be in memory
-        times = torch.tensor([[start, end] for start, end, _ in some])           # (32, 2)
-        waves, lengths = default_collate([front_end.pad(wave) for _, _, wave in some])
-        features = unit(model.learner.encode((waves, lengths))).cpu()            # (32, D)
-        features *= (waves.amax(1) > waves.amin(1))[:, None]
-        rows.append(torch.cat([times, features], dim=1))
-    return torch.cat(rows)
+    for start, end, wave in audio_windows(path, front_end.sample_rate, front_end.seconds):
+        batch = default_collate([front_end.pad(wave)])                           # (1, S), (1,)
+        feature = unit(model.learner.encode(batch))[0].cpu()                     # (D,)
+        rows.append(torch.cat([torch.tensor([start, end]), feature * wave.diff().any()]))
+    return torch.stack(rows)
 
 
 def hear(model, places, memory):
     """Files and folders -> windows, [(path, start, end, embedding (D,))]; kept in `memory`."""
     paths, heard = [], []
     for place in places:
-        paths += find_files(place, (*AUDIO, *VIDEO)) if os.path.isdir(place) else [place]
+        paths += find_files(place, AUDIO + VIDEO) if os.path.isdir(place) else [place]
     ear = digest(model.learner.audio_encoder) + str(model.learner.front_end)
     for path in tqdm(paths, "listening"):
         of_file = f"{os.path.realpath(path)} {os.path.getsize(path)} {os.path.getmtime(path)}"
         kept = memory / f"{short_digest(of_file, ear)}.npy"
-        if kept.exists():
-            rows = torch.tensor(open_chunk(kept))
-        else:
-            try:
-                rows = embed_windows(model, path)
-            except Unreadable as error:
-                tqdm.write(f"skipped: {error}", file=sys.stderr)
-                continue
-            with suppress(OSError):  # where nothing can be kept, it is heard anew next time
-                write_whole(kept, partial(np.save, arr=rows))
+        try:
+            if not kept.exists():
+                write_whole(kept, partial(np.save, arr=embed_windows(model, path)))
+        except Unreadable as error:
+            tqdm.write(f"skipped: {error}", sys.stderr)
+            continue
+        rows = torch.tensor(np.load(kept))                                       # (W, 2 + D)
         heard += [(path, *row[:2].tolist(), row[2:]) for row in rows]
     if not heard:
         raise ValueError(f"none of {len(paths)} recordings in {', '.join(places)} can be heard")
@@ -527,8 +505,8 @@ def main():
     out = Path(args.out or paths[0].parent)
     if args.task == "curve":
         return curve(paths, out)
-    if not sounds and (args.data or args.task != "all"):  # said before a missing checkpoint
-        folder = dataset_folder(args.data or DATASETS.get(args.task, args.task))
+    if args.data:
+        dataset_folder(args.data)  # which is said once, and before a missing checkpoint
     models = [Model(path, device) for path in paths]
     if sounds:
         heard = hear(models[0], args.audio, out / "heard")
@@ -537,7 +515,7 @@ def main():
     elif args.task == "tag":
         tag(models[0], heard, args.labels)
     elif args.task == "scaling":
-        scaling(models, folder, args.target, out)
+        scaling(models, dataset_folder(args.data or "esc50"), args.target, out)
     else:
         run_tasks(models, args, out)
 

@@ -74,7 +74,7 @@ def test_mining_killed_at_random_moments_or_by_two_ranks_ends_as_undisturbed(min
     assert len(list((tmp_path / "killed/banks").iterdir())) == 3  # all went on with the same ones
 
 
-def test_gold_clips_come_with_their_captions_with_labels_or_with_random_captions(world, tmp_path):
+def test_gold_clips_come_with_captions_labels_or_random_captions(world, tmp_path, monkeypatch):
     gold, found = curate.gold_clips(world), {}
     for source in ("gc", "gl", "rc"):
         clips, row = curate.gold_pairs(source, world, seed=0)
@@ -84,8 +84,9 @@ def test_gold_clips_come_with_their_captions_with_labels_or_with_random_captions
     assert np.mean([one == other for one, other in zip(found["rc"], found["gc"])]) < 0.2
     with pytest.raises(FileNotFoundError, match="python curate.py generate"):
         curate.caption_pool("fc", tmp_path, tmp_path)
+    monkeypatch.setattr(curate, "gold_pairs", lambda *_: (gold, lambda i: {"captions": []}))
     with pytest.raises(ValueError, match="lower --threshold"):
-        curate.write_pairs(tmp_path / "ac.jsonl", gold, lambda i: {"captions": []})
+        curate.curate(curate.Settings("gc"), world, tmp_path, CPU)
 
 
 def test_a_language_model_goes_on_with_the_same_captions(tmp_path, monkeypatch):
@@ -101,10 +102,9 @@ def test_a_language_model_goes_on_with_the_same_captions(tmp_path, monkeypatch):
         part.save_pretrained(tmp_path / "model")
     (tmp_path / "vc.txt").write_text("a dog runs\ntwo cats sleep\n")
     monkeypatch.setattr(pretrain, "CHUNK", 4)
-    settings, texts = curate.Settings(data=str(tmp_path), out=str(tmp_path), prompts=10,
-                                      model=str(tmp_path / "model")), []
+    settings, texts = curate.Settings(prompts=10, model=str(tmp_path / "model")), []
     for _ in range(2):
-        curate.generate(settings, CPU)
+        curate.generate(settings, tmp_path, tmp_path, CPU)
         texts.append((tmp_path / "fc.txt").read_text())
         for path in sorted(tmp_path.glob("fc-*/*"))[1:]:  # as a killed run leaves them
             path.unlink()
