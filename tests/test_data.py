@@ -223,7 +223,7 @@ def test_an_index_of_ones_own_the_authors_and_mscocos_captions(tmp_path):
     ("test.csv", HEADER + f"1,{IDS[0]},soon,a dog\n", "test.csv:2: .*soon"),
     ("test.csv", "id;text\n1;a dog\n", "test.csv:1: needed is a column 'youtube_id'.*'id': '1'"),
     ("test.csv", HEADER.encode("utf-16"), "test.csv: no file of text in UTF-8"),
-    ("test.jsonl", '{"id": 1, "audio": "x", "captions": ["a"]}\n[]\n', "test.jsonl:2: no JSON object"),
+    ("test.jsonl", '{"id": 1, "audio": "x", "captions": ["a"]}\n[]\n', "jsonl:2: no JSON object"),
     ("test.jsonl", '{"id": 1, "caption": "a"}\n', "jsonl:1: .*lacks captions; has caption, id"),
     ("test.jsonl", '{"id": 1, "captions": [1]}\n', "jsonl:1: .*captions must be a list"),
     ("test.jsonl", 2 * '{"id": 1, "captions": "a"}\n', "jsonl:2: .*second clip"),
