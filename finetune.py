@@ -15,8 +15,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from clip_load import (audio_encoder_from_clip, digest, find_clip, load_clip, short_digest,
-                       unpack_clip)
+from clip_load import audio_encoder_from_clip, digest, load_clip, short_digest, unpack_clip
 from curate import PAPER_PAIRS, POOL_PROMPTS, folder_of, gold_clips
 from data import (FrontEnd, RememberSounds, captions_of, dataset_folder, labels_of, read_index,
                   read_split, run, write_whole)
@@ -88,7 +87,7 @@ PRESETS = {
 def start_of(init):
     """What a head starts from -> audio encoder, front end."""
     if init == "clip":
-        return audio_encoder_from_clip(load_clip(find_clip("ViT-B/32"))), FrontEnd()
+        return audio_encoder_from_clip(load_clip("ViT-B/32")), FrontEnd()
     if init == "random":  # small enough for a laptop: 5 s at 16 kHz; mean and std are ESC-10's
         encoder = VisionTransformer((500, 64), patch=16, stride=(12, 12), channels=1, width=128,
                                     layers=3, heads=2, output_dim=512)

@@ -22,8 +22,8 @@ from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 
-from clip_load import (Tokenizer, audio_encoder_from_clip, blank_audio_encoder, check_zip, digest,
-                       find_clip, load_clip, load_tokenizer, pack_clip, short_digest)
+from clip_load import (Tokenizer, audio_encoder_from_clip, digest, load_clip, load_tokenizer,
+                       pack_clip, read_weights, short_digest)
 from data import (FrontEnd, Remember, Unreadable, dataset_folder, held_out_by_audiocaps, load_image,
                   loader, make_toy, mask, read_index, read_split, reading, run, write_whole)
 from model import (CLIP, LARS, LOG_SCALE, VisionTransformer, barrier, info_nce, join_ranks,
@@ -324,9 +324,8 @@ def load_checkpoint(path, stages):
     if not Path(path).exists():
         raise FileNotFoundError(f"{path}: no such checkpoint (--checkpoint or --init names it). "
                                 f"pretrain.py makes one, clip_load.py vipant fetches the authors'")
-    check_zip(path)  # torch.load compares no checksums
     with reading(path, "checkpoint of ours"):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = read_weights(path)
         stage = checkpoint["stage"]
     if stage not in stages:
         raise ValueError(f"{path}: a checkpoint of stage '{stage}'; needed: {' or '.join(stages)}")
@@ -534,14 +533,15 @@ def pretrain(settings, device):
     except FileNotFoundError as error:
         val = []
         print0(f"no validation: {error}")
-    clip = load_clip(find_clip(settings.clip), device)
+    clip = load_clip(settings.clip, device)
     tokenizer = load_tokenizer(settings.vocab, clip)
     bank = frame_bank(banks, clips, clip, device, settings.workers)
     val_bank = frame_bank(banks, val, clip, device, settings.workers)
-    torch.manual_seed(settings.seed)
-    make = audio_encoder_from_clip if settings.init == "clip" else blank_audio_encoder
     strides = settings.stride_time, settings.stride_mel
-    encoder = make(clip, settings.frames, settings.mels, strides)
+    encoder = audio_encoder_from_clip(clip, settings.frames, settings.mels, strides)
+    if settings.init == "random":  # VA-Rand (§4)
+        torch.manual_seed(settings.seed)
+        encoder = VisionTransformer(**encoder.config)
     front_end = FrontEnd(settings.sample_rate, settings.mels, settings.frames, settings.mean,
                          settings.std)
     samples = AudioSamples(clips, [bank], front_end, settings.seed)
