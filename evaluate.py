@@ -27,8 +27,8 @@ from data import (AUDIO, VIDEO, Unreadable, audio_windows, captions_of, dataset_
                   labels_of, load_audio, load_image, read_published, read_split, read_text, run,
                   table_of, write_whole)
 from model import join_ranks, print0, rank_and_size, unit
-from pretrain import (AudioLearner, Training, audio_encoder_of, embed_all, load_checkpoint,
-                      open_chunk, top1_hits)
+from pretrain import (AudioLearner, Training, embed_all, learner_of, load_checkpoint, open_chunk,
+                      top1_hits)
 
 import numpy as np
 import torch
@@ -107,8 +107,8 @@ class Model:
     def __init__(self, path, device):
         checkpoint = load_checkpoint(path, ["pretrain", "finetune"])
         self.name, self.device = str(path).removesuffix("/checkpoint.pt"), device
-        self.learner = AudioLearner(*audio_encoder_of(checkpoint, path)).to(device)
-        self.scale = checkpoint["learner"]["log_scale"].exp().item()  # 1/temperature
+        self.learner = learner_of(checkpoint, path).to(device)
+        self.scale = self.learner.log_scale.exp().item()  # 1/temperature
         self.clip, self.tokenizer = unpack_clip(checkpoint["clip"], device)
         settings = checkpoint["settings"]
         start = "VA-Rand" if settings.get("init") == "random" else "vip-AnT"

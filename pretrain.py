@@ -332,13 +332,13 @@ def load_checkpoint(path, stages):
     return checkpoint
 
 
-def audio_encoder_of(checkpoint, path):
-    """The audio encoder of a loaded checkpoint, and its front end. Raises ValueError."""
+def learner_of(checkpoint, path):
+    """The audio learner of a loaded checkpoint. Raises ValueError."""
     with reading(path, "whole checkpoint"):
         encoder = VisionTransformer(**checkpoint["encoder"])
         learner = AudioLearner(encoder, FrontEnd(**checkpoint["front_end"]))
         learner.load_state_dict(checkpoint["learner"])
-    return encoder.eval(), learner.front_end
+    return learner.eval()
 
 
 def resume(path, learner, optimizer, settings, about):
