@@ -11,10 +11,9 @@ import gzip
 import hashlib
 import html
 import json
-import math
-import pickle
 import zipfile
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections import OrderedDict
 from pathlib import Path
 
 from data import FrontEnd, reading, run, write_whole
@@ -26,15 +25,14 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
-from torch.hub import download_url_to_file
 
 # ---------------------------------------------------------------------------------- tokenizer
 class Tokenizer:
     """CLIP's byte-pair encoding: `Tokenizer(path or merges)(["a dog barks"]) -> (1, 77) int64`.
 
     Ids: 256 bytes, 256 bytes that end a word, the merges, start-of-text, end-of-text."""
-    WORDS = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|"
-                          r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
+    WORDS = regex.compile(r"<\|startoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|"
+                          r"[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 
     def __init__(self, vocab, context_length=77):
         self.context_length, self.merges = context_length, vocab
@@ -55,13 +53,13 @@ class Tokenizer:
         self.ids = {unit: i for i, unit in enumerate(units)}
         self.rank = {tuple(merge.split()): i for i, merge in enumerate(self.merges)}
         self.start, self.end, self.vocab_size = len(units), len(units) + 1, len(units) + 2
-        self.known = {"<|startoftext|>": [self.start], "<|endoftext|>": [self.end]}  # word -> ids
+        self.known = {"<|startoftext|>": [self.start]}  # word -> ids
 
     def encode(self, text):
         """One text -> ids, as many as it takes, from start-of-text to the first end-of-text."""
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+        text = html.unescape(html.unescape(ftfy.fix_text(text))).lower()
         ids = [self.start]
-        for word in self.WORDS.findall(" ".join(text.split()).lower()):
+        for word in self.WORDS.findall(text.partition("<|endoftext|>")[0]):
             if word not in self.known:
                 units = [self.symbol[byte] for byte in word.encode()]
                 units[-1] += "</w>"
@@ -71,8 +69,7 @@ class Tokenizer:
                     units[i:i + 2] = ["".join(pair)]
                 self.known[word] = [self.ids[unit] for unit in units]
             ids += self.known[word]
-        ids.append(self.end)
-        return ids[:ids.index(self.end) + 1]
+        return ids + [self.end]
 
     def __call__(self, texts):
         """Texts -> (N, L) int64, zero-padded. A longer text is cut and keeps its end-of-text."""
@@ -95,21 +92,22 @@ VOCAB_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a
 
 def find(url, sha256, repository, file):
     """Path of a file: in CACHE, had from the hub before, at `url`, or on the hub."""
-    path, hub, tried = CACHE / Path(url).name, f"https://huggingface.co/openai/{repository}", ""
-    for place in (path, f"{hub}, fetched before", url, hub):
+    path = CACHE / Path(url).name
+    tried = ""
+    for place in (path, f"{repository}, fetched before", url, repository):
         try:
             if place == url:
-                write_whole(path, lambda part: download_url_to_file(url, str(part), sha256))
+                write_whole(path, lambda out: torch.hub.download_url_to_file(url, str(out), sha256))
             elif place != path:
-                path = hf_hub_download(f"openai/{repository}", file, local_files_only=place != hub)
+                path = hf_hub_download(repository, file, local_files_only=place != repository)
             elif hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
                 raise ValueError(f"its SHA-256 is not {sha256}")
             print0(f"{path}: from {place}")
             return Path(path)
         except Exception as error:  # the hub's client has many of its own
             tried += f"\n  {place}: {error!s:.200}"
-    raise FileNotFoundError(f"{path.name} can't be had:{tried}\nPut it at {path} by other means, "
-                            f"or name another file with --clip or --vocab")
+    raise FileNotFoundError(f"{path.name} can't be had:{tried}\n"
+                            f"Put it at {path}, or name another with --clip or --vocab")
 
 
 def find_clip(name):
@@ -118,29 +116,22 @@ def find_clip(name):
         return Path(name)
     url = f"{OPENAI}/{MODELS[name]}/{name.replace('/', '-')}.pt"
     hub = name.lower().replace("b/", "base-patch").replace("l/", "large-patch")
-    return find(url, MODELS[name], f"clip-{hub}", "pytorch_model.bin")
+    return find(url, MODELS[name], f"openai/clip-{hub}", "pytorch_model.bin")
 
 
 # ------------------------------------------------------------------------------ CLIP's weights
-def check_zip(path):
-    """Names in a zip file, as torch.save's are; [] for another file. Raises ValueError (damage)."""
-    if not zipfile.is_zipfile(path):
-        return []
-    with reading(path, "whole file; make or fetch it anew"), zipfile.ZipFile(path) as archive:
-        if damaged := archive.testzip():
-            raise ValueError(f"{damaged} is damaged")
-        return archive.namelist()
-
-
 def read_weights(path):
     """What a file of weights holds, whatever its format: tensors in dicts, hopefully."""
-    names = check_zip(path)
     with open(path, "rb") as file:
         if file.read(9).endswith(b"{"):  # eight bytes of length, then JSON: safetensors
             return load_file(path)
-    if any(name.endswith("/constants.pkl") for name in names):  # TorchScript, as OpenAI's file
-        return torch.jit.load(path, map_location="cpu").state_dict()
-    return torch.load(path, map_location="cpu", weights_only=True)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():  # torch.load compares no checksums
+                raise ValueError(f"{damaged} is damaged; make or fetch the file anew")
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):  # TorchScript
+                return torch.jit.load(path, map_location="cpu").state_dict()
+    return torch.load(path, "cpu", weights_only=True)
 
 
 NAMES = {  # parts of Hugging Face's, open_clip's, the authors' keys -> OpenAI's, in this order
@@ -152,6 +143,7 @@ NAMES = {  # parts of Hugging Face's, open_clip's, the authors' keys -> OpenAI's
     "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj", "encoder.resblocks.": "transformer.resblocks.",
     "pre_encoder.ln.": "ln_pre.", "post_encoder.ln.": "ln_post.", "pre_encoder.": "",
     "post_encoder.": "", "encoder.": "", "misc.": ""}
+NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "position_ids")
 
 
 def flatten(content, prefix=""):
@@ -160,7 +152,7 @@ def flatten(content, prefix=""):
         key = f"{prefix}{key}"
         if isinstance(value, dict):
             yield from flatten(value, f"{key}.")
-        elif isinstance(value, torch.Tensor):
+        elif isinstance(value, torch.Tensor) and not key.endswith(NO_WEIGHTS):
             value = value.T if key.endswith("_projection.weight") else value  # a layer's
             for theirs, ours in NAMES.items():
                 key = key.replace(theirs, ours)
@@ -170,18 +162,12 @@ def flatten(content, prefix=""):
 def openai_state(content):
     """CLIP's weights in any layout -> state dict with OpenAI's keys. Raises ValueError."""
     tensors = dict(flatten(content))
-    names = " ".join(tensors)
-    signs = {"a ResNet": "attnpool", "a ViT": "visual.class_emb", "a text encoder": "token_emb"}
-    parts = [part for part, sign in signs.items() if sign in names]
-    if parts != ["a ViT", "a text encoder"]:
-        raise ValueError(f"taken for {' and '.join(parts) or 'something else'} ({names:.60}…)")
+    before, found, _ = " ".join(tensors).partition("visual.class_embedding")
+    if not found:
+        raise ValueError(f"it holds {before:.60}…")
     # dicts around them, DistributedDataParallel's "module.": what precedes one key precedes all
-    prefix = names[:names.index("visual.class_emb")].rpartition(" ")[2]
-    drop = ("input_resolution", "context_length", "vocab_size", "attn_mask", "position_ids")
-    state = {}
-    for key, value in tensors.items():
-        if key.startswith(prefix) and not key.endswith(drop):
-            state[key.removeprefix(prefix)] = value
+    prefix = before.rpartition(" ")[2]
+    state = {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
     for q in [key for key in state if "q_proj" in key]:  # three layers there, one here
         qkv = [state.pop(q.replace("q_proj", f"{x}_proj")) for x in "qkv"]
         state[q.replace("q_proj.", "in_proj_")] = torch.cat(qkv)
@@ -191,7 +177,7 @@ def openai_state(content):
 def check_config(path):
     """Refuse what only a config beside the weights tells: other activations, other heads."""
     for name in ("config.json", "open_clip_config.json"):
-        file = Path(path).with_name(name)
+        file = path.with_name(name)
         config = json.loads(file.read_text()) if file.exists() else {}
         config = config.get("model_cfg", config)
         quick = config.get("quick_gelu", "vision_cfg" not in config)  # open_clip's default: GELU
@@ -202,25 +188,24 @@ def check_config(path):
             heads = tower.get("num_attention_heads", tower.get("heads", width // 64))
             head = tower.get("head_width", width / heads)
             if act != "quick_gelu" or head != 64:  # features would be silently wrong
-                raise ValueError(f"{name} says {act}, heads of {head:g}; needed: quick_gelu, 64")
+                raise ValueError(f"{name}: {act}, heads of {head:g}; needed: quick_gelu, 64")
 
 
 def make_clip(state, device="cpu"):
     """State dict with OpenAI's keys -> CLIP of its sizes in fp32, in evaluation mode, frozen."""
     width, _, patch, _ = state["visual.conv1.weight"].shape                      # (C, 3, P, P)
-    side = math.isqrt(len(state["visual.positional_embedding"]) - 1)  # of the grid of patches
+    side = int((len(state["visual.positional_embedding"]) - 1) ** 0.5)  # of the grid of patches
     vocab_size, text_width = state["token_embedding.weight"].shape
-    blocks = [key for key in state if key.endswith("ln_1.weight")]
-    vision_layers = sum(key.startswith("visual.") for key in blocks)
-    clip = CLIP(patch * side, patch, width, vision_layers, len(state["positional_embedding"]),
-                vocab_size, text_width, len(blocks) - vision_layers,
-                output_dim=state["text_projection"].shape[1])
+    visual = [key.startswith("visual.") for key in state if key.endswith("ln_1.weight")]  # a block
+    clip = CLIP(patch * side, patch, width, visual.count(True), len(state["positional_embedding"]),
+                vocab_size, text_width, visual.count(False), state["text_projection"].shape[1])
     clip.load_state_dict(state)
     return clip.eval().requires_grad_(False).to(device)
 
 
 def load_clip(path, device="cpu"):
-    """A file of CLIP's weights in any layout -> CLIP as make_clip's; says what it is taken for."""
+    """OpenAI's name or a file of any layout -> CLIP as make_clip's; says what it is taken for."""
+    path = find_clip(path)
     with reading(path, f"CLIP with a ViT, nor one of {', '.join(MODELS)}"):
         check_config(path)
         clip = make_clip(openai_state(read_weights(path)), device)
@@ -230,8 +215,9 @@ def load_clip(path, device="cpu"):
 
 def load_tokenizer(path, clip):
     """CLIP's tokenizer: of the vocabulary at `path`, or OpenAI's. Raises ValueError (a misfit)."""
-    path = path or find(VOCAB, VOCAB_SHA256, "clip-vit-base-patch32", "merges.txt")
-    tokenizer, needed = Tokenizer(path, clip.context_length), clip.token_embedding.num_embeddings
+    path = path or find(VOCAB, VOCAB_SHA256, "openai/clip-vit-base-patch32", "merges.txt")
+    tokenizer = Tokenizer(path, clip.context_length)
+    needed = clip.token_embedding.num_embeddings
     if tokenizer.vocab_size != needed:
         raise ValueError(f"{path}: {tokenizer.vocab_size} tokens; CLIP has {needed}; wrong --vocab")
     return tokenizer
@@ -241,7 +227,7 @@ def digest(module):
     """16 hex digits that follow from a module's weights."""
     sha256 = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
-        sha256.update(name.encode() + tensor.float().cpu().numpy().tobytes())
+        sha256.update(name.encode() + tensor.cpu().numpy().tobytes())
     return sha256.hexdigest()[:16]
 
 
@@ -254,8 +240,8 @@ def pack_clip(clip, tokenizer):
     """What a checkpoint carries of CLIP; fp16 where that is exact."""
     state = clip.state_dict()
     for key, value in state.items():
-        exact = torch.equal(value.half().float(), value)
-        state[key] = value.half().cpu() if exact else value.cpu()
+        half = value.half()
+        state[key] = (half if torch.equal(half.float(), value) else value).cpu()
     return {"state": state, "merges": tokenizer.merges}
 
 
@@ -273,16 +259,6 @@ def resize_positions(pos, grid, new_grid):
     return torch.cat([pos[:1], patches[0].flatten(1).T])                         # (1 + h2·w2, C)
 
 
-def blank_audio_encoder(clip, frames, mels, stride):
-    """The audio encoder with random weights, (B, 1, T, F) -> (B, D): VA-Rand's start (§4)."""
-    # 1. patches overlap: their stride is below the kernel's size
-    config = clip.visual.config | {"input_size": (frames, mels), "stride": stride, "channels": 1}
-    if max(stride) > config["patch"]:
-        print0(f"warning: patches of {config['patch']} lie {stride} apart; what is between them "
-               f"is not heard; choose smaller --stride-time and --stride-mel")
-    return VisionTransformer(**config)
-
-
 def inherit(encoder, state, grid):
     """Fill an audio encoder with weights for another grid or for colours -> it, on their device."""
     # 2. the kernel is averaged over colours: (C, 3, P, P) -> (C, 1, P, P)
@@ -295,8 +271,11 @@ def inherit(encoder, state, grid):
 
 def audio_encoder_from_clip(clip, frames=FrontEnd.frames, mels=FrontEnd.mels, stride=(16, 24)):
     """CLIP's visual tower with the three changes, (B, 1, T, F) -> (B, D) (§3.2.1)."""
-    encoder = blank_audio_encoder(clip, frames, mels, stride)
-    return inherit(encoder, clip.visual.state_dict(), clip.visual.grid)
+    # 1. patches overlap: their stride is below the kernel's size
+    config = clip.visual.config | {"input_size": (frames, mels), "stride": stride, "channels": 1}
+    if max(stride) > config["patch"]:
+        print0(f"warning: --stride-time or --stride-mel above {config['patch']} skips sound")
+    return inherit(VisionTransformer(**config), clip.visual.state_dict(), clip.visual.grid)
 
 
 def lengthen(encoder, frames):
@@ -311,16 +290,10 @@ VIPANT = {"vipant": "01FFQTZK9YBPRDQHHR6157AGBR/00071478.pth",
           "vipant-gc": "01FM2Y9HJ896B2G6NKRXTEVXZ7/00004140.pth"}  # of two, best on three sets
 
 
-class TensorsOnly:
-    """torch.load's `pickle_module`: of what a file names only tensors are made; nothing runs."""
-    class Inert(dict):  # in the place of all other classes
-        __init__ = __setstate__ = append = extend = lambda self, *_, **__: None
-        __hash__ = object.__hash__
-
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module, name):  # but for storages, which torch.load finds by itself
-            rebuilds = name in ("_rebuild_tensor_v2", "_rebuild_parameter")
-            return getattr(torch._utils, name) if rebuilds else TensorsOnly.Inert
+class Inert:
+    """In the place of all that a file names besides tensors: takes anything, runs nothing."""
+    def __new__(cls, *_):
+        return OrderedDict()  # whose parts torch.load may fill in
 
 
 def import_vipant(source, out, clip, packed):
@@ -328,13 +301,12 @@ def import_vipant(source, out, clip, packed):
     name = Path(source).name
     with reading(source, "checkpoint of the authors'"):
         if "://" in source:
-            download_url_to_file(source, str(out))
+            torch.hub.download_url_to_file(source, str(out))
             source = out  # theirs lies there until ours is written
-        check_zip(source)
-        # weights_only=True would refuse their settings, which are objects
-        parts = torch.load(source, "cpu", TensorsOnly, weights_only=False)["model"]
-        # (audio, loss), or (image, audio, text, loss)
-        state = dict(flatten(parts[0] if len(parts) == 2 else parts[1]))
+        others = torch.serialization.get_unsafe_globals_in_checkpoint(source)
+        with torch.serialization.safe_globals([(Inert, other) for other in others]):
+            parts = read_weights(source)["model"]
+        state = dict(flatten(parts[0 if len(parts) == 2 else 1]))  # else image, audio, text, loss
         (scale,) = [value for key, value in parts[-1].items() if key.endswith("logit_scale")]
         encoder = audio_encoder_from_clip(clip)
         # theirs may still have the image's positions, which their code resizes on loading
@@ -342,10 +314,10 @@ def import_vipant(source, out, clip, packed):
         inherit(encoder, state, encoder.grid if resized else clip.visual.grid)
     learner = {f"audio_encoder.{key}": value for key, value in encoder.state_dict().items()}
     learner["log_scale"] = torch.tensor(float(scale))
-    gc = Path(VIPANT["vipant-gc"]).name == name
-    settings = {"imported": name} | ({"source": "gc"} if gc else {"init": "clip"})
-    torch.save({"stage": "finetune" if gc else "pretrain", "settings": settings, "clip": packed,
-                "encoder": encoder.config, "front_end": vars(FrontEnd()), "learner": learner}, out)
+    gc = name == Path(VIPANT["vipant-gc"]).name
+    torch.save({"stage": "finetune" if gc else "pretrain", "clip": packed, "learner": learner,
+                "settings": {"imported": name, "source": "gc" if gc else ""},
+                "encoder": encoder.config, "front_end": vars(FrontEnd())}, out)
 
 
 def main():
@@ -359,7 +331,7 @@ def main():
         files += [f"{RELEASED}/{VIPANT[name]}", f"out/{name}/checkpoint.pt"]
     if len(files) != (2 if name in (*VIPANT, "import-vipant") else 0):
         parser.error("needed: one name, or import-vipant FILE_OR_ADDRESS OUT")
-    clip = load_clip(find_clip(args.clip if files else name))
+    clip = load_clip(args.clip if files else name)
     packed = pack_clip(clip, load_tokenizer(args.vocab, clip))
     if files:
         write_whole(files[1], lambda part: import_vipant(files[0], part, clip, packed))

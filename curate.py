@@ -18,7 +18,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from clip_load import find_clip, load_clip, load_tokenizer, short_digest
+from clip_load import load_clip, load_tokenizer, short_digest
 from data import (add_labels, captions_of, dataset_folder, read_coco_captions, read_published,
                   read_split, run, write_whole)
 from evaluate import PROMPT
@@ -162,7 +162,7 @@ def mined_pairs(settings, folder, out, device):
     """What CLIP picks for a folder's clips -> clips, (i) -> clip i's captions, scores."""
     pool = caption_pool(settings.source, folder, out)
     clips = training_clips(folder, settings.leave_out)
-    clip = load_clip(find_clip(settings.clip), device)
+    clip = load_clip(settings.clip, device)
     tokenizer = load_tokenizer(settings.vocab, clip)
     texts = [f"{POOL_PROMPTS[settings.source]} {caption}" for caption in pool]
     frames = frame_bank(out / "banks", clips, clip, settings.workers)

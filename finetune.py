@@ -15,15 +15,14 @@ import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from clip_load import (audio_encoder_from_clip, digest, find_clip, load_clip, short_digest,
-                       unpack_clip)
+from clip_load import audio_encoder_from_clip, digest, load_clip, pack_clip, short_digest
 from curate import PAPER_PAIRS, POOL_PROMPTS, folder_of, gold_clips
 from data import (FrontEnd, RememberSounds, captions_of, dataset_folder, labels_of, read_index,
-                  read_split, run, write_whole)
-from evaluate import average_precision, retrieval_metrics
+                  read_split, run)
+from evaluate import Model, average_precision, retrieval_metrics
 from model import VisionTransformer, join_ranks, print0, rank_and_size, unit
-from pretrain import (AudioLearner, AudioSamples, Bank, Training, frame_bank, learner_of,
-                      load_checkpoint, parse, setting, text_bank, train)
+from pretrain import (AudioLearner, AudioSamples, Bank, Training, frame_bank, parse, setting,
+                      text_bank, train)
 
 import numpy as np
 import torch
@@ -70,53 +69,47 @@ FOLDS = Settings(batch=50, epochs=50, lr_weights=1.0, lr_biases=2.4e-2)
 TAGS = Settings(data="audioset", optimizer="adam", lr_weights=5e-5, lr_biases=5e-5,
                 weight_decay=1e-7, warmup_steps=1000, mixup=0.5)
 PRESETS = {
-    "esc50": replace(FOLDS, head="esc50", data="esc50"),
-    "us8k": replace(FOLDS, head="us8k", data="us8k"),
-    "audioset-balanced": replace(TAGS, head="audioset-balanced", batch=12, last_layers=4,
-                                 halve_epochs=(5, 9, 10, 11, 12)),
-    "audioset": replace(TAGS, head="audioset", batch=128, epochs=5, halve_steps=(
+    "esc50": replace(FOLDS, data="esc50"),
+    "us8k": replace(FOLDS, data="us8k"),
+    "audioset-balanced": replace(TAGS, batch=12, last_layers=4, halve_epochs=(5, 9, 10, 11, 12)),
+    "audioset": replace(TAGS, batch=128, epochs=5, halve_steps=(
         7500, 15_000, 20_000, 25_000, 35_000, 40_000, 45_000, 50_000)),
-    "esc10": Settings(head="esc10", data="esc50", init="random", optimizer="adam", batch=32,
-                      epochs=30, warmup_epochs=3.0, lr_weights=1e-3, lr_biases=1e-3,
-                      weight_decay=0.0, mixup=0.5, workers=0, log_every=100),
+    "esc10": Settings(data="esc50", init="random", optimizer="adam", batch=32, epochs=30,
+                      warmup_epochs=3.0, lr_weights=1e-3, lr_biases=1e-3, weight_decay=0.0,
+                      mixup=0.5, workers=0, log_every=100),
     "toy": Settings(data="toy", init="out/toy/pretrain/checkpoint.pt", epochs=10, warmup_epochs=1.0,
                     lr_weights=2.0, precision="fp32", workers=1, log_every=100),
 }
 
 
 # ---------------------------------------------------------------------------------- the start
-def start_of(init):
-    """What a head starts from -> audio encoder, front end."""
+def start_of(init, device):
+    """The audio learner that a head starts from."""
     if init == "clip":
-        return audio_encoder_from_clip(load_clip(find_clip("ViT-B/32"))), FrontEnd()
+        return AudioLearner(audio_encoder_from_clip(load_clip("ViT-B/32")), FrontEnd())
     if init == "random":  # small enough for a laptop: 5 s at 16 kHz; mean and std are ESC-10's
         encoder = VisionTransformer((500, 64), patch=16, stride=(12, 12), channels=1, width=128,
                                     layers=3, heads=2, output_dim=512)
-        return encoder, FrontEnd(16_000, 64, 500, -5.71, 5.91)
-    learner = learner_of(load_checkpoint(init, ["pretrain", "finetune"]))
-    return learner.audio_encoder, learner.front_end
+        return AudioLearner(encoder, FrontEnd(16_000, 64, 500, -5.71, 5.91))
+    return Model(init, device).learner
 
 
-def about(stage, clips, encoder, **more):
+def about(stage, clips, start, **more):
     """What a checkpoint says of itself."""
     names = [short_digest(c.id, *c.captions, *c.labels) for c in clips]
-    made_of = {"clips": short_digest(*names), "start": digest(encoder)}
+    made_of = {"clips": short_digest(*names), "start": digest(start.audio_encoder)}
     return {"stage": stage, "made_of": made_of, **more}
 
 
 # ------------------------------------------------------------------ captions: AT, VAT, few-shot
 def paired_clips(path, settings, folder):
-    """A folder's clips that can train, with the captions that curate.py left for them in `path`.
-
-    Raises FileNotFoundError (no pairs yet), ValueError (none fits).
-    """
+    """A folder's clips with the captions in `path`. Raises FileNotFoundError, ValueError (none)."""
     if not path.exists():
-        data = f"--data {settings.data or folder.name} --out {path.parent}"
-        raise FileNotFoundError(f"{path}: missing. Run: python curate.py --source "
-                                f"{settings.source} {data}")
-    mined, at = settings.source in POOL_PROMPTS, settings.objective == "at"
+        raise FileNotFoundError(f"{path}: missing; run python curate.py --source {settings.source} "
+                                f"--data {settings.data or folder.name} --out {path.parent}")
+    mined = settings.source in POOL_PROMPTS
     listed = read_split("audioset", folder, "train") if mined else gold_clips(folder)
-    known = {c.id: c for c in listed if c.audio and (c.frames or at)}
+    known = {c.id: c for c in listed if c.audio and (c.frames or settings.objective == "at")}
     pairs = read_index(path, need=("captions",))
     clips = [replace(known[c.id], captions=c.captions) for c in pairs if c.id in known]
     print0(f"{path}: {len(clips)} of {len(pairs)} clips have sound (for vat, frames) in {folder}")
@@ -126,33 +119,18 @@ def paired_clips(path, settings, folder):
 
 
 def take_pairs(clips, count, seed):
-    """The first `count` (clip, caption) pairs of a seeded shuffle: fewer are always among more.
-
-    Returns clips with the captions that were taken. Raises ValueError where there are fewer.
-    """
-    pairs = []
-    for i, clip in enumerate(clips):
-        pairs += [(i, caption) for caption in clip.captions]
-    if not 0 < count <= len(pairs):
-        raise ValueError(f"--pairs {count}: there are {len(pairs)}")
+    """Clips with `count` captions of a seeded shuffle; fewer are among more. Raises ValueError."""
+    captions = captions_of(clips)
+    owners = np.repeat(range(len(clips)), [len(c.captions) for c in clips])
+    if not 0 < count <= len(captions):
+        raise ValueError(f"--pairs {count}: there are {len(captions)}")
     taken = {}
-    for at in np.random.default_rng(seed).permutation(len(pairs))[:count]:
-        i, caption = pairs[at]
-        taken.setdefault(i, []).append(caption)
+    for at in np.random.default_rng(seed).permutation(len(captions))[:count]:
+        taken.setdefault(owners[at], []).append(captions[at])
     return [replace(clips[i], captions=tuple(taken[i])) for i in sorted(taken)]
 
 
-def caption_bank(folder, clips, captions, clip, tokenizer):
-    """Bank of CLIP's embeddings of `captions`; each clip has the rows of its own."""
-    number = {caption: row for row, caption in enumerate(captions)}
-    rows, starts = [], [0]
-    for c in clips:
-        rows += [number[caption] for caption in c.captions]
-        starts.append(len(rows))
-    return Bank(text_bank(folder, captions, clip, tokenizer), np.array(rows), starts)
-
-
-def recall_on(folder, clip, tokenizer, workers):
+def recall_on(folder, model, workers):
     """(learner) -> audio-text recall on a folder's captioned val clips, or else on AudioCaps'."""
     clips = []
     for place in (Path("data/audiocaps"), folder):
@@ -162,9 +140,7 @@ def recall_on(folder, clip, tokenizer, workers):
         return lambda learner: {}
     count = len(clips[0].captions)
     clips = [c for c in clips if len(c.captions) == count]
-    tokens = tokenizer(captions_of(clips))                                       # (5N, L)
-    texts = [clip.encode_text(part).cpu() for part in tokens.split(256)]
-    texts = torch.cat(texts)                                                     # (5N, D)
+    texts = model.embed_texts(captions_of(clips))                                # (5N, D)
 
     def validate(learner):
         audio = learner.embed([c.audio for c in clips], workers)                 # (N, D)
@@ -176,27 +152,29 @@ def recall_on(folder, clip, tokenizer, workers):
 
 def finetune_on_captions(settings, device):
     """AT or VAT fine-tuning; leaves <out>/checkpoint.pt."""
-    source, folder = settings.source, folder_of(settings.source, settings.data)
+    folder = folder_of(settings.source, settings.data)
     few = f"-{settings.pairs}" if settings.pairs else ""
-    out = Path(settings.out or f"out/{folder.name}/{settings.objective}-{source}{few}")
+    out = Path(settings.out or f"out/{folder.name}/{settings.objective}-{settings.source}{few}")
     banks = out.parent / "banks"
-    checkpoint = load_checkpoint(settings.init, ["pretrain", "finetune"])
     # differs from the paper, which does not say: the temperature goes on from what was learned
-    learner = learner_of(checkpoint)
-    clip, tokenizer = unpack_clip(checkpoint["clip"], device)
-    clips = paired_clips(out.parent / f"{source}.jsonl", settings, folder)
-    captions = list(dict.fromkeys(captions_of(clips)))
+    model = Model(settings.init, device)
+    clips = paired_clips(out.parent / f"{settings.source}.jsonl", settings, folder)
+    captions = list(dict.fromkeys(captions_of(clips)))  # runs with fewer pairs share their bank
     if settings.pairs:
         clips = take_pairs(clips, settings.pairs, settings.seed)
-    targets = [caption_bank(banks, clips, captions, clip, tokenizer)]
+    paths = text_bank(banks, captions, model.clip, model.tokenizer)
+    number = {caption: row for row, caption in enumerate(captions)}
+    rows = np.array([number[caption] for caption in captions_of(clips)])
+    targets = [Bank(paths, rows, np.cumsum([0] + [len(c.captions) for c in clips]))]
     if settings.objective == "vat":
-        targets.append(frame_bank(banks, clips, clip, settings.workers))
-    settings = replace(settings, out=str(out), pairs=len(targets[0].rows),
-                       batch=min(settings.batch, len(clips)))
-    print0(f"{settings.pairs} pairs of {len(clips)} clips, in batches of {settings.batch}")
-    train(learner, AudioSamples(clips, targets, learner.front_end, settings.seed), settings,
-          about("finetune", clips, learner.audio_encoder, clip=checkpoint["clip"]),
-          recall_on(folder, clip, tokenizer, settings.workers), device)
+        targets.append(frame_bank(banks, clips, model.clip, settings.workers))
+    batch = min(settings.batch, len(clips))
+    settings = replace(settings, out=str(out), pairs=len(rows), batch=batch)
+    print0(f"{len(rows)} pairs of {len(clips)} clips, in batches of {batch}")
+    samples = AudioSamples(clips, targets, model.learner.front_end, settings.seed)
+    train(model.learner, samples, settings,
+          about("finetune", clips, model.learner, clip=pack_clip(model.clip, model.tokenizer)),
+          recall_on(folder, model, settings.workers), device)
     task = "toy" if settings.data == "toy" else "all"
     print0(f"next: python evaluate.py --task {task} --checkpoint {out}/checkpoint.pt")
 
@@ -221,7 +199,8 @@ class MixedSamples(AudioSamples):
     def read(self, i, rng):
         sample = super().read(i, rng)
         if rng.random() < self.mixup:  # differs from the paper, which has none: as in authors' code
-            other, share = super().read(int(rng.integers(len(self))), rng), rng.beta(10, 10)
+            other = super().read(rng.integers(len(self)), rng)
+            share = rng.beta(10, 10)
             for name in ("wave", "target"):
                 sample[name] = share * sample[name] + (1 - share) * other[name]
             sample["length"] = max(sample["length"], other["length"])
@@ -231,16 +210,17 @@ class MixedSamples(AudioSamples):
 class HeadLearner(AudioLearner):
     """Audio encoder, LayerNorm and a linear layer onto K classes (App. C)."""
 
-    def __init__(self, audio_encoder, front_end, classes, loss, last_layers):
-        super().__init__(audio_encoder, front_end)
+    def __init__(self, start, classes, loss, last_layers):
+        super().__init__(start.audio_encoder, start.front_end)
         del self.log_scale  # without pairs there is no temperature
         self.loss = loss
-        D, blocks = audio_encoder.config["output_dim"], audio_encoder.transformer.resblocks
+        encoder = self.audio_encoder
+        D, blocks = encoder.config["output_dim"], encoder.transformer.resblocks
         # differs from the paper, which has the linear layer alone: as in the authors' code
         self.head = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, classes))
         if 0 <= last_layers < len(blocks):
-            audio_encoder.requires_grad_(False)
-            for part in (*blocks, audio_encoder.ln_post, audio_encoder.proj)[-2 - last_layers:]:
+            encoder.requires_grad_(False)
+            for part in (*blocks, encoder.ln_post, encoder.proj)[-2 - last_layers:]:
                 part.requires_grad_(last_layers > 0)  # what follows the blocks learns with them
 
     def forward(self, batch):
@@ -254,40 +234,36 @@ class HeadLearner(AudioLearner):
 
 
 def rounds_of(settings, folder):
-    """{round: (what a head trains on, what it is tested on)}, lists of Clip.
-
-    AudioSet is one round; a fold is tested by who learned from the others.
-    """
-    name, rounds = PRESETS[settings.head].data, {}
+    """Yields (round, clips to train on, clips to test on): each fold, or once AudioSet's splits."""
+    name = PRESETS[settings.head].data
     if name == "audioset":
         split = "val" if settings.head == "audioset-balanced" else "train"  # val: the balanced set
-        return {"eval": [read_split(name, folder, each) for each in (split, "test")]}
+        yield "eval", read_split(name, folder, split), read_split(name, folder, "test")
+        return
     clips = [c for c in read_split(name, folder) if c.easy or settings.head != "esc10"]
     for fold in sorted({c.fold for c in clips}):
-        rounds[f"fold{fold}"] = ([c for c in clips if c.fold != fold],
-                                 [c for c in clips if c.fold == fold])
-    return rounds
+        others = [c for c in clips if c.fold != fold]
+        yield f"fold{fold}", others, [c for c in clips if c.fold == fold]
 
 
 def finetune_on_labels(settings, device):
     """Train and test a head on each round; print mean ± std (App. C)."""
     folder = dataset_folder(settings.data)
     torch.manual_seed(settings.seed)
-    start, front_end = start_of(settings.init)
+    start = start_of(settings.init, device)
     out = Path(settings.out or f"out/{folder.name}/head-{settings.head}")
     measure, loss = "accuracy", F.cross_entropy  # Eq. 6
     if "audioset" in settings.head:  # Eq. 7: several labels a clip
         measure, loss = "mAP", F.binary_cross_entropy_with_logits
     results = {}
-    for name, both in rounds_of(settings, folder).items():
+    for name, *both in rounds_of(settings, folder):
         clips, test = ([c for c in part if c.audio and c.labels] for part in both)
         if not clips or not test:
             raise ValueError(f"{folder}: {name} lacks clips with sound and labels")
         classes = labels_of(clips + test, folder)
         torch.manual_seed(settings.seed)
-        learner = HeadLearner(copy.deepcopy(start), front_end, len(classes), loss,
-                              settings.last_layers)
-        samples = MixedSamples(clips, [Labels(clips, classes)], front_end, settings.seed)
+        learner = HeadLearner(copy.deepcopy(start), len(classes), loss, settings.last_layers)
+        samples = MixedSamples(clips, [Labels(clips, classes)], start.front_end, settings.seed)
         samples.mixup = settings.mixup
         target = Labels(test, classes).rows                                      # (N, K)
 
@@ -309,14 +285,14 @@ def finetune_on_labels(settings, device):
     print0(f"{settings.head}: {measure} {values.mean():.1f} ± {spread:.1f} % (paper: "
            f"{PAPER_RESULTS[settings.head]})")
     if rank_and_size()[0] == 0:
-        text = json.dumps({"settings": asdict(settings), "results": results})
-        write_whole(out / "head.json", lambda part: part.write_text(text))
+        done = {"settings": asdict(settings), "results": results}
+        (out / "head.json").write_text(json.dumps(done))
 
 
 def main():
     settings = parse(Settings(), PRESETS, description=__doc__)
     if bool(settings.source) == bool(settings.head):
-        raise ValueError("needed: --source, to train on captions, or --head, to train on labels")
+        raise ValueError("needed: --source, for captions, or --head, for labels")
     own = Path("out", Path(settings.data).name, "pretrain/checkpoint.pt")
     start = settings.init or (own if own.exists() else "out/audioset/pretrain/checkpoint.pt")
     finetune = finetune_on_captions if settings.source else finetune_on_labels

@@ -22,8 +22,8 @@ from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 
-from clip_load import (Tokenizer, audio_encoder_from_clip, blank_audio_encoder, digest, find_clip,
-                       load_clip, load_tokenizer, pack_clip, read_weights, short_digest)
+from clip_load import (Tokenizer, audio_encoder_from_clip, digest, load_clip, load_tokenizer,
+                       pack_clip, read_weights, short_digest)
 from data import (FrontEnd, Remember, Unreadable, dataset_folder, held_out_by_audiocaps, load_image,
                   loader, make_toy, mask, read_index, read_split, reading, run, write_whole)
 from model import (CLIP, LARS, LOG_SCALE, VisionTransformer, barrier, info_nce, join_ranks,
@@ -513,14 +513,15 @@ def pretrain(settings, device):
     folder = dataset_folder(settings.data)
     banks = Path(settings.out).parent / "banks"  # beside the run: other runs use them too
     clips = training_clips(folder, settings.leave_out)
-    clip = load_clip(find_clip(settings.clip), device)
+    clip = load_clip(settings.clip, device)
     tokenizer = load_tokenizer(settings.vocab, clip)
     bank = frame_bank(banks, clips, clip, settings.workers)
     validate = frame_retrieval(folder, banks, clip, settings.workers)
-    torch.manual_seed(settings.seed)
-    make = audio_encoder_from_clip if settings.init == "clip" else blank_audio_encoder
     strides = settings.stride_time, settings.stride_mel
-    encoder = make(clip, settings.frames, settings.mels, strides)
+    encoder = audio_encoder_from_clip(clip, settings.frames, settings.mels, strides)
+    if settings.init == "random":  # VA-Rand (§4)
+        torch.manual_seed(settings.seed)
+        encoder = VisionTransformer(**encoder.config)
     front_end = FrontEnd(settings.sample_rate, settings.mels, settings.frames, settings.mean,
                          settings.std)
     samples = AudioSamples(clips, [bank], front_end, settings.seed)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import kill_at_random, run, write_esc50
 from data import Clip, FrontEnd, read_index
-from finetune import PRESETS, Settings
+from finetune import PRESETS, HeadLearner, Settings
 from model import VisionTransformer
 from pretrain import AudioLearner, AudioSamples, load_checkpoint, parse
 
@@ -87,7 +87,7 @@ def test_captions_or_labels_must_be_named_but_not_both():
 @pytest.mark.parametrize(("last_layers", "blocks"), [(0, 0), (1, 1), (2, 2), (-1, 3), (9, 3)])
 def test_the_last_blocks_learn_and_what_follows_them(last_layers, blocks):
     encoder = VisionTransformer((50, 32), 16, (16, 16), 1, 64, 3, 1, 32)
-    learner = finetune.HeadLearner(encoder, FrontEnd(16_000, 32, 50), 4, None, last_layers)
+    learner = HeadLearner(AudioLearner(encoder, FrontEnd(16_000, 32, 50)), 4, None, last_layers)
     learn = {name for name, p in learner.named_parameters() if p.requires_grad}
     found = {name.split(".")[3] for name in learn if "resblocks" in name}
     assert found == {str(i) for i in range(3 - blocks, 3)} and "head.1.weight" in learn
@@ -121,9 +121,9 @@ def test_a_fold_is_tested_by_who_never_heard_it_and_two_tones_are_told_apart(
         wave = 0.2 * rng.normal(size=8000) + np.sin(pitch * np.arange(8000))
         clips.append((1 + i % 2, category, category != "noise", wave / 4))
     write_esc50(tmp_path / "esc", 16_000, clips)
-    settings = replace(PRESETS["esc10"], data=str(tmp_path / "esc"), out=str(tmp_path / "out"),
-                       init=str(checkpoint), batch=8, epochs=20, lr_weights=5e-3, lr_biases=5e-3)
-    for clips, test in finetune.rounds_of(settings, tmp_path / "esc").values():
+    settings = replace(PRESETS["esc10"], head="esc10", data=f"{tmp_path}/esc", batch=8, epochs=20,
+                       out=f"{tmp_path}/out", init=str(checkpoint), lr_weights=5e-3, lr_biases=5e-3)
+    for _, clips, test in finetune.rounds_of(settings, tmp_path / "esc"):
         assert len(clips) == len(test) == 16 and not {c.id for c in clips} & {c.id for c in test}
     finetune.finetune_on_labels(settings, torch.device("cpu"))
     results = json.loads((tmp_path / "out/head.json").read_text())["results"]
