@@ -11,9 +11,9 @@ import gzip
 import hashlib
 import html
 import json
+import pickle
 import zipfile
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections import OrderedDict
 from pathlib import Path
 
 from data import FrontEnd, reading, run, write_whole
@@ -120,7 +120,7 @@ def find_clip(name):
 
 
 # ------------------------------------------------------------------------------ CLIP's weights
-def read_weights(path):
+def read_weights(path, pickle_module=None):
     """What a file of weights holds, whatever its format: tensors in dicts, hopefully."""
     with open(path, "rb") as file:
         if file.read(9).endswith(b"{"):  # eight bytes of length, then JSON: safetensors
@@ -131,7 +131,7 @@ def read_weights(path):
                 raise ValueError(f"{damaged} is damaged; make or fetch the file anew")
             if any(name.endswith("/constants.pkl") for name in archive.namelist()):  # TorchScript
                 return torch.jit.load(path, map_location="cpu").state_dict()
-    return torch.load(path, "cpu", weights_only=True)
+    return torch.load(path, "cpu", pickle_module, weights_only=not pickle_module)
 
 
 NAMES = {  # parts of Hugging Face's, open_clip's, the authors' keys -> OpenAI's, in this order
@@ -290,10 +290,16 @@ VIPANT = {"vipant": "01FFQTZK9YBPRDQHHR6157AGBR/00071478.pth",
           "vipant-gc": "01FM2Y9HJ896B2G6NKRXTEVXZ7/00004140.pth"}  # of two, best on three sets
 
 
-class Inert:
-    """In the place of all that a file names besides tensors: takes anything, runs nothing."""
-    def __new__(cls, *_):
-        return OrderedDict()  # whose parts torch.load may fill in
+class TensorsOnly:
+    """torch.load's `pickle_module`: of what a file names only tensors are made; nothing runs."""
+    class Inert(dict):  # in the place of all other classes
+        __init__ = __setstate__ = append = extend = lambda self, *_, **__: None
+        __hash__ = object.__hash__
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module, name):  # but for storages, which torch.load finds by itself
+            rebuilds = name in ("_rebuild_tensor_v2", "_rebuild_parameter")
+            return getattr(torch._utils, name) if rebuilds else TensorsOnly.Inert
 
 
 def import_vipant(source, out, clip, packed):
@@ -303,9 +309,7 @@ def import_vipant(source, out, clip, packed):
         if "://" in source:
             torch.hub.download_url_to_file(source, str(out))
             source = out  # theirs lies there until ours is written
-        others = torch.serialization.get_unsafe_globals_in_checkpoint(source)
-        with torch.serialization.safe_globals([(Inert, other) for other in others]):
-            parts = read_weights(source)["model"]
+        parts = read_weights(source, TensorsOnly)["model"]
         state = dict(flatten(parts[0 if len(parts) == 2 else 1]))  # else image, audio, text, loss
         (scale,) = [value for key, value in parts[-1].items() if key.endswith("logit_scale")]
         encoder = audio_encoder_from_clip(clip)

@@ -163,7 +163,7 @@ def test_resized_positions_by_hand_and_golden_features(shared):
 
 class Settings:  # as OmegaConf's in the authors' files, but to make one would leave a file
     def __reduce__(self):
-        return gzip.open, ("ran", "w")
+        return os.system, ("touch ran",)
 
 
 @pytest.mark.parametrize("dicts, heads", [(4, True), (4, False), (2, True), (2, False)])
