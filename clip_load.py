@@ -31,8 +31,8 @@ class Tokenizer:
     """CLIP's byte-pair encoding: `Tokenizer(path or merges)(["a dog barks"]) -> (1, 77) int64`.
 
     Ids: 256 bytes, 256 bytes that end a word, the merges, start-of-text, end-of-text."""
-    WORDS = regex.compile(r"<\|startoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|"
-                          r"[^\s\p{L}\p{N}]+", regex.IGNORECASE)
+    WORDS = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|"
+                          r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 
     def __init__(self, vocab, context_length=77):
         self.context_length, self.merges = context_length, vocab
@@ -53,13 +53,13 @@ class Tokenizer:
         self.ids = {unit: i for i, unit in enumerate(units)}
         self.rank = {tuple(merge.split()): i for i, merge in enumerate(self.merges)}
         self.start, self.end, self.vocab_size = len(units), len(units) + 1, len(units) + 2
-        self.known = {"<|startoftext|>": [self.start]}  # word -> ids
+        self.known = {"<|startoftext|>": [self.start], "<|endoftext|>": [self.end]}  # word -> ids
 
     def encode(self, text):
         """One text -> ids, as many as it takes, from start-of-text to the first end-of-text."""
         text = html.unescape(html.unescape(ftfy.fix_text(text))).lower()
         ids = [self.start]
-        for word in self.WORDS.findall(text.partition("<|endoftext|>")[0]):
+        for word in self.WORDS.findall(text):
             if word not in self.known:
                 units = [self.symbol[byte] for byte in word.encode()]
                 units[-1] += "</w>"
@@ -69,7 +69,8 @@ class Tokenizer:
                     units[i:i + 2] = ["".join(pair)]
                 self.known[word] = [self.ids[unit] for unit in units]
             ids += self.known[word]
-        return ids + [self.end]
+        ids.append(self.end)
+        return ids[:ids.index(self.end) + 1]
 
     def __call__(self, texts):
         """Texts -> (N, L) int64, zero-padded. A longer text is cut and keeps its end-of-text."""
@@ -93,13 +94,14 @@ VOCAB_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a
 def find(url, sha256, repository, file):
     """Path of a file: in CACHE, had from the hub before, at `url`, or on the hub."""
     path = CACHE / Path(url).name
+    hub = f"https://huggingface.co/{repository}"
     tried = ""
-    for place in (path, f"{repository}, fetched before", url, repository):
+    for place in (path, f"{hub}, fetched before", url, hub):
         try:
             if place == url:
                 write_whole(path, lambda out: torch.hub.download_url_to_file(url, str(out), sha256))
             elif place != path:
-                path = hf_hub_download(repository, file, local_files_only=place != repository)
+                path = hf_hub_download(repository, file, local_files_only=place != hub)
             elif hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
                 raise ValueError(f"its SHA-256 is not {sha256}")
             print0(f"{path}: from {place}")
@@ -162,11 +164,13 @@ def flatten(content, prefix=""):
 def openai_state(content):
     """CLIP's weights in any layout -> state dict with OpenAI's keys. Raises ValueError."""
     tensors = dict(flatten(content))
-    before, found, _ = " ".join(tensors).partition("visual.class_embedding")
-    if not found:
-        raise ValueError(f"it holds {before:.60}…")
+    names = " ".join(tensors)
+    signs = {"a ResNet": "attnpool", "a ViT": "visual.class_emb", "a text encoder": "token_emb"}
+    parts = [part for part, sign in signs.items() if sign in names]
+    if parts != ["a ViT", "a text encoder"]:
+        raise ValueError(f"taken for {' and '.join(parts) or 'something else'} ({names:.60}…)")
     # dicts around them, DistributedDataParallel's "module.": what precedes one key precedes all
-    prefix = before.rpartition(" ")[2]
+    prefix = names[:names.index("visual.class_emb")].rpartition(" ")[2]
     state = {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
     for q in [key for key in state if "q_proj" in key]:  # three layers there, one here
         qkv = [state.pop(q.replace("q_proj", f"{x}_proj")) for x in "qkv"]
