@@ -815,9 +815,11 @@ def cut_clip(job, out, sample_rate):
 def extract(table, videos, out, sample_rate=FrontEnd.sample_rate, workers=2):
     """Cut a table's segments, or without a table pieces of 10 s, out of the videos in a folder.
 
-    Leaves <split>.jsonl and <table>_report.csv in `out`; called again it goes on. Raises ValueError
-    (not one clip).
+    Leaves <split>.jsonl and <table>_report.csv in `out`; called again it goes on. Raises
+    FileNotFoundError, ValueError (not one clip).
     """
+    if not Path(videos).is_dir():
+        raise FileNotFoundError(f"{videos}: no such folder; --videos names the one with the videos")
     out, stem = Path(out), Path(table or "train").stem
     out.mkdir(parents=True, exist_ok=True)
     if table:
