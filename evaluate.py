@@ -25,8 +25,7 @@ from data import (AUDIO, VIDEO, Unreadable, audio_windows, captions_of, dataset_
                   labels_of, load_image, read_published, read_split, read_text, run, table_of,
                   write_whole)
 from model import join_ranks, print0, rank_and_size, unit
-from pretrain import (AudioLearner, Training, embed_all, learner_of, load_checkpoint,
-                      top1_hits)
+from pretrain import AudioLearner, Training, embed_all, learner_of, load_checkpoint, top1_hits
 
 import numpy as np
 import torch
