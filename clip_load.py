@@ -35,12 +35,13 @@ class Tokenizer:
                           r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 
     def __init__(self, vocab, context_length=77):
-        self.context_length, self.merges = context_length, vocab
+        self.context_length = context_length
+        self.merges = vocab
         if not isinstance(vocab, list):
             with reading(vocab, "vocabulary"):
                 content = Path(vocab).read_bytes()
                 content = gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content
-                self.merges = content.decode().splitlines()[1:48_895]  # without the version's line
+                self.merges = content.decode().splitlines()[1:48_895]  # no version, no surplus
                 if {len(merge.split()) for merge in self.merges} != {2}:
                     raise ValueError("its lines are not pairs")
         # a visible symbol for each byte: those that print first, the others from U+0100 on
@@ -155,7 +156,7 @@ def flatten(content, prefix=""):
         if isinstance(value, dict):
             yield from flatten(value, f"{key}.")
         elif isinstance(value, torch.Tensor) and not key.endswith(NO_WEIGHTS):
-            value = value.T if key.endswith("_projection.weight") else value  # a layer's
+            value = value.T if key.endswith("_projection.weight") else value  # of a Linear
             for theirs, ours in NAMES.items():
                 key = key.replace(theirs, ours)
             yield key, value.float()
@@ -200,9 +201,11 @@ def make_clip(state, device="cpu"):
     width, _, patch, _ = state["visual.conv1.weight"].shape                      # (C, 3, P, P)
     side = int((len(state["visual.positional_embedding"]) - 1) ** 0.5)  # of the grid of patches
     vocab_size, text_width = state["token_embedding.weight"].shape
-    visual = [key.startswith("visual.") for key in state if key.endswith("ln_1.weight")]  # a block
-    clip = CLIP(patch * side, patch, width, visual.count(True), len(state["positional_embedding"]),
-                vocab_size, text_width, visual.count(False), state["text_projection"].shape[1])
+    blocks = [key for key in state if key.endswith("ln_1.weight")]
+    vision_layers = sum(key.startswith("visual.") for key in blocks)
+    clip = CLIP(patch * side, patch, width, vision_layers, len(state["positional_embedding"]),
+                vocab_size, text_width, len(blocks) - vision_layers,
+                output_dim=state["text_projection"].shape[1])
     clip.load_state_dict(state)
     return clip.eval().requires_grad_(False).to(device)
 
@@ -265,9 +268,9 @@ def resize_positions(pos, grid, new_grid):
 
 def inherit(encoder, state, grid):
     """Fill an audio encoder with weights for another grid or for colours -> it, on their device."""
-    # 2. the kernel is averaged over colours: (C, 3, P, P) -> (C, 1, P, P)
+    # 1. the kernel is averaged over colours: (C, 3, P, P) -> (C, 1, P, P)
     kernel = state["conv1.weight"].mean(1, keepdim=True)
-    # 3. positions are resized, from the image's grid to the sound's: 7×7 -> 61×5
+    # 2. positions are resized, from the image's grid to the sound's: 7×7 -> 61×5
     positions = resize_positions(state["positional_embedding"], grid, encoder.grid)
     encoder.load_state_dict(state | {"conv1.weight": kernel, "positional_embedding": positions})
     return encoder.to(positions.device)
@@ -275,7 +278,7 @@ def inherit(encoder, state, grid):
 
 def audio_encoder_from_clip(clip, frames=FrontEnd.frames, mels=FrontEnd.mels, stride=(16, 24)):
     """CLIP's visual tower with the three changes, (B, 1, T, F) -> (B, D) (§3.2.1)."""
-    # 1. patches overlap: their stride is below the kernel's size
+    # 3. patches overlap: their stride is below the kernel's size
     config = clip.visual.config | {"input_size": (frames, mels), "stride": stride, "channels": 1}
     if max(stride) > config["patch"]:
         print0(f"warning: --stride-time or --stride-mel above {config['patch']} skips sound")
@@ -314,7 +317,7 @@ def import_vipant(source, out, clip, packed):
             torch.hub.download_url_to_file(source, str(out))
             source = out  # theirs lies there until ours is written
         parts = read_weights(source, TensorsOnly)["model"]
-        state = dict(flatten(parts[0 if len(parts) == 2 else 1]))  # else image, audio, text, loss
+        state = dict(flatten(parts[0 if len(parts) == 2 else 1]))  # (image, audio, text, loss)
         (scale,) = [value for key, value in parts[-1].items() if key.endswith("logit_scale")]
         encoder = audio_encoder_from_clip(clip)
         # theirs may still have the image's positions, which their code resizes on loading

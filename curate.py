@@ -20,8 +20,8 @@ from pathlib import Path
 
 from clip_load import load_clip, load_tokenizer, short_digest
 from data import (add_labels, captions_of, dataset_folder, read_coco_captions, read_published,
-                  read_split, run, write_whole)
-from evaluate import PROMPT
+                  read_split, read_text, run, write_whole)
+from evaluate import PROMPT, save
 from model import join_ranks, print0, rank_and_size
 from pretrain import (CHUNK, TOY, Training, frame_bank, in_chunks, open_chunk, parse, setting,
                       text_bank, training_clips)
@@ -66,7 +66,7 @@ def caption_pool(source, folder, out):
     Raises FileNotFoundError (what to get), ValueError (no caption)."""
     files = [path for path in (folder / f"{source}.txt", out / f"{source}.txt") if path.exists()]
     if files:
-        lines = files[0].read_text(encoding="utf-8").splitlines()
+        lines = read_text(files[0]).splitlines()
     elif source == "ac":  # the captions alone: whose they are is not looked at
         clips = read_published(dataset_folder("audiocaps") / "train.csv")
         lines = captions_of(clips + read_split("clotho", dataset_folder("clotho"), "train"))
@@ -108,8 +108,7 @@ def generate(settings, folder, out, device):
                 if 3 <= len(line.split()) <= 40:
                     captions[line] = None
     new = list(captions)[len(shown):]
-    if rank_and_size()[0] == 0:
-        write_whole(out / "fc.txt", lambda part: part.write_text("\n".join(new), "utf-8"))
+    save(out / "fc.txt", lambda part: part.write_text("\n".join(new), "utf-8"))
     print0(f"{out}/fc.txt: {len(new)} captions. next: python curate.py --source fc")
 
 
@@ -159,7 +158,7 @@ def union(found, threshold):
 
 
 def mined_pairs(settings, folder, out, device):
-    """What CLIP picks for a folder's clips -> clips, (i) -> clip i's captions, scores."""
+    """What CLIP picks for a folder's clips -> clips, (i) -> what clip i's line holds."""
     pool = caption_pool(settings.source, folder, out)
     clips = training_clips(folder, settings.leave_out)
     clip = load_clip(settings.clip, device)
@@ -185,7 +184,7 @@ def gold_clips(folder):
 
 
 def gold_pairs(source, folder, seed):
-    """What rc, gl and gc pair gold clips with -> clips, (i) -> clip i's captions."""
+    """What rc, gl and gc pair gold clips with -> clips, (i) -> what clip i's line holds."""
     clips = gold_clips(folder)
     if source == "gl" and not any(clip.labels for clip in clips):
         clips = add_labels(clips, dataset_folder("audioset"))

@@ -22,14 +22,13 @@ from pathlib import Path
 
 from clip_load import digest, lengthen, short_digest, unpack_clip
 from data import (AUDIO, VIDEO, Unreadable, audio_windows, captions_of, dataset_folder, find_files,
-                  labels_of, load_image, read_published, read_split, read_text, run, table_of,
-                  write_whole)
+                  labels_of, load_image, read_published, read_split, read_text, reading, run,
+                  table_of, write_whole)
 from model import join_ranks, print0, rank_and_size, unit
 from pretrain import AudioLearner, Training, embed_all, learner_of, load_checkpoint, top1_hits
 
 import numpy as np
 import torch
-from torch.utils.data import default_collate
 from tqdm import tqdm
 
 PROMPT = "the sound of"  # §4.1, "Prompting (usually) helps"
@@ -97,9 +96,10 @@ class Model:
     def __init__(self, path, device):
         checkpoint = load_checkpoint(path, ["pretrain", "finetune"])
         self.name, self.device = str(path).removesuffix("/checkpoint.pt"), device
-        self.learner = learner_of(checkpoint).to(device)
+        with reading(path, "checkpoint of this version"):
+            self.learner = learner_of(checkpoint).to(device)
+            self.clip, self.tokenizer = unpack_clip(checkpoint["clip"], device)
         self.scale = self.learner.log_scale.exp().item()  # 1/temperature
-        self.clip, self.tokenizer = unpack_clip(checkpoint["clip"], device)
         settings = checkpoint["settings"]
         start = "VA-Rand" if settings.get("init") == "random" else "vip-AnT"
         self.row = settings.get("source", "").upper() or start  # of the paper's tables
@@ -263,7 +263,7 @@ PAPER_COLUMNS = {"audiocaps": 0, "clotho 18 s": 4, "clotho 10 s": 8, "esc50": 12
 def paper_of(row, part):
     """What the paper reports in a row of its tables for a part of ours: {variant: {metric: %}}."""
     row = "oracle" if part == "oracle" else row
-    numbers = map(float, PAPER[row][PAPER_COLUMNS.get(part, 18):])
+    numbers = map(float, PAPER[row][PAPER_COLUMNS.get(part, 18):])  # from 18 on there is nothing
     if part in CLASSES:
         metric = "map" if part == "audioset" else "accuracy"
         return {variant: {metric: number} for variant, number in zip(PROMPTS, numbers)}
@@ -359,16 +359,15 @@ def scaling(models, folder, target, out):
 
 def curve(paths, out):
     """Image -> audio retrieval by epoch, from the logs beside checkpoints (Fig. 5)."""
-    lines = {}
+    lines = {}  # {run and metric: {epoch: %}}
     for path in paths:
-        scores, metric = {}, "no validation"  # epoch: %
         for line in path.with_name("log.jsonl").read_text().splitlines():
             row = json.loads(line)
             for metric, score in row.get("validation", {}).items():
-                scores[row["epoch"]] = score
-        print0(f"{path.parent}, {metric}:", *map(cell, scores.values()))
-        lines[path.parent] = scores
-    draw(out / "curve.png", f"{metric} (%) by epoch", lines)
+                lines.setdefault(f"{path.parent}, {metric}", {})[row["epoch"]] = score
+    for name, scores in lines.items():
+        print0(f"{name}:", *map(cell, scores.values()))
+    draw(out / "curve.png", "validation (%) by epoch", lines)
 
 
 # ---------------------------------------------------------------------------- your own sounds
@@ -377,8 +376,8 @@ def embed_windows(model, path):
     """A recording's windows -> (W, 2 + D): start and end in s, unit embedding, 0 where silent."""
     front_end, rows = model.learner.front_end, []
     for start, end, wave in audio_windows(path, front_end.sample_rate, front_end.seconds):
-        batch = default_collate([front_end.pad(wave)])                           # (1, S), (1,)
-        feature = unit(model.learner.encode(batch))[0].cpu()                     # (D,)
+        padded, length = front_end.pad(wave)                                     # (S,)
+        feature = unit(model.learner.encode((padded[None], torch.tensor([length]))))[0].cpu()
         rows.append(torch.cat([torch.tensor([start, end]), feature * wave.diff().any()]))
     return torch.stack(rows)
 
@@ -440,7 +439,7 @@ def search(model, heard, queries, top):
 def run_tasks(models, args, out):
     """Measure with each model, save (the first's results, "beside" them the others'), print."""
     tasks, runs, errors = list(TASKS) if args.task == "all" else [args.task], [], []
-    parts = {}  # of all models' results, in order
+    parts = {}  # names of all models' results, in order
     for model in models:
         results = {}
         for task in tasks:
@@ -454,7 +453,8 @@ def run_tasks(models, args, out):
             runs.append({"checkpoint": model.name, "row": args.row or model.row,
                          "results": results})
     if args.list_missing:
-        Path(args.list_missing).write_text("\n".join([*sorted(models[0].missing), ""]))
+        missing = "\n".join([*sorted(models[0].missing), ""])
+        save(args.list_missing, lambda part: part.write_text(missing))
     if not runs:
         raise ValueError("\n".join(errors))
     print0("\n".join(errors))
@@ -478,7 +478,7 @@ def main():
     flag("--task", required=True, choices=[*TASKS, *"toy all scaling curve tag search".split()])
     flag("--checkpoint", nargs="+", type=Path, help="one, or several side by side")
     flag("--data", help="a dataset's name or its folder (data/<the task's>)")
-    flag("--out", help="where <task>.json and charts go (beside the checkpoint)")
+    flag("--out", help="where results, charts and what was heard go (beside the checkpoint)")
     flag("--row", choices=PAPER, help="of the paper's tables, to print beside (as trained)")
     flag("--list-missing", metavar="FILE", help="for the names of clips that are not on disk")
     flag("--target", type=float, default=81, help="scaling: accuracy to reach (81 %%, people)")

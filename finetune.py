@@ -12,17 +12,17 @@ B  clips on this rank   N  clips   K  classes   D  embedding   T, F  frames and 
 """
 import copy
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from clip_load import audio_encoder_from_clip, digest, load_clip, pack_clip, short_digest
 from curate import PAPER_PAIRS, POOL_PROMPTS, folder_of, gold_clips
 from data import (FrontEnd, RememberSounds, captions_of, dataset_folder, labels_of, read_index,
                   read_split, run)
-from evaluate import Model, average_precision, retrieval_metrics
-from model import VisionTransformer, join_ranks, print0, rank_and_size, unit
-from pretrain import (AudioLearner, AudioSamples, Bank, Training, frame_bank, parse, setting,
-                      text_bank, train)
+from evaluate import Model, average_precision, retrieval_metrics, save
+from model import VisionTransformer, join_ranks, print0, unit
+from pretrain import (AudioLearner, AudioSamples, Bank, Training, frame_bank, learner_of,
+                      load_checkpoint, parse, setting, text_bank, train)
 
 import numpy as np
 import torch
@@ -83,7 +83,7 @@ PRESETS = {
 
 
 # ---------------------------------------------------------------------------------- the start
-def start_of(init, device):
+def start_of(init):
     """The audio learner that a head starts from."""
     if init == "clip":
         return AudioLearner(audio_encoder_from_clip(load_clip("ViT-B/32")), FrontEnd())
@@ -91,7 +91,7 @@ def start_of(init, device):
         encoder = VisionTransformer((500, 64), patch=16, stride=(12, 12), channels=1, width=128,
                                     layers=3, heads=2, output_dim=512)
         return AudioLearner(encoder, FrontEnd(16_000, 64, 500, -5.71, 5.91))
-    return Model(init, device).learner
+    return learner_of(load_checkpoint(init, ["pretrain", "finetune"]))
 
 
 def about(stage, clips, start, **more):
@@ -165,7 +165,7 @@ def finetune_on_captions(settings, device):
     paths = text_bank(banks, captions, model.clip, model.tokenizer)
     number = {caption: row for row, caption in enumerate(captions)}
     rows = np.array([number[caption] for caption in captions_of(clips)])
-    targets = [Bank(paths, rows, np.cumsum([0] + [len(c.captions) for c in clips]))]
+    targets = [Bank(paths, rows, [len(c.captions) for c in clips])]
     if settings.objective == "vat":
         targets.append(frame_bank(banks, clips, model.clip, settings.workers))
     batch = min(settings.batch, len(clips))
@@ -241,6 +241,8 @@ def rounds_of(settings, folder):
         yield "eval", read_split(name, folder, split), read_split(name, folder, "test")
         return
     clips = [c for c in read_split(name, folder) if c.easy or settings.head != "esc10"]
+    if not clips:
+        raise ValueError(f"{folder}: no clip of {settings.head} in it")
     for fold in sorted({c.fold for c in clips}):
         others = [c for c in clips if c.fold != fold]
         yield f"fold{fold}", others, [c for c in clips if c.fold == fold]
@@ -250,11 +252,11 @@ def finetune_on_labels(settings, device):
     """Train and test a head on each round; print mean ± std (App. C)."""
     folder = dataset_folder(settings.data)
     torch.manual_seed(settings.seed)
-    start = start_of(settings.init, device)
+    start = start_of(settings.init)
     out = Path(settings.out or f"out/{folder.name}/head-{settings.head}")
-    measure, loss = "accuracy", F.cross_entropy  # Eq. 6
+    metric, loss = "accuracy", F.cross_entropy  # Eq. 6
     if "audioset" in settings.head:  # Eq. 7: several labels a clip
-        measure, loss = "mAP", F.binary_cross_entropy_with_logits
+        metric, loss = "mAP", F.binary_cross_entropy_with_logits
     results = {}
     for name, *both in rounds_of(settings, folder):
         clips, test = ([c for c in part if c.audio and c.labels] for part in both)
@@ -271,22 +273,21 @@ def finetune_on_labels(settings, device):
             features = learner.embed([c.audio for c in test], settings.workers)  # (N, D)
             read = features.any(dim=1)                                           # (N,)
             logits = learner.head(features[read].to(device)).cpu()               # (·, K)
-            if measure == "mAP":
+            if metric == "mAP":
                 value = average_precision(logits, target[read]).nanmean()
             else:
                 value = target[read, logits.argmax(1)].float().mean()
-            return {measure: 100 * value.item()}
+            return {metric: 100 * value.item()}
 
         train(learner, samples, replace(settings, out=str(out / name)),
               about("head", clips, start, labels=classes), validate, device)
-        results[name] = validate(learner.eval())[measure]
+        results[name] = validate(learner.eval())[metric]  # a finished run trains no step
     values = np.array(list(results.values()))
     spread = values.std(ddof=min(1, len(values) - 1))
-    print0(f"{settings.head}: {measure} {values.mean():.1f} ± {spread:.1f} % (paper: "
+    print0(f"{settings.head}: {metric} {values.mean():.1f} ± {spread:.1f} % (paper: "
            f"{PAPER_RESULTS[settings.head]})")
-    if rank_and_size()[0] == 0:
-        done = {"settings": asdict(settings), "results": results}
-        (out / "head.json").write_text(json.dumps(done))
+    done = {"settings": vars(settings), "results": results}
+    save(out / "head.json", lambda part: part.write_text(json.dumps(done)))
 
 
 def main():

@@ -29,7 +29,7 @@ def join_ranks():
             raise ValueError(f"{torch.cuda.device_count()} GPU(s) here; lower --nproc_per_node")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    if "RANK" in os.environ and not dist.is_initialized():
+    if "RANK" in os.environ:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=12))  # banks take long
     return device
@@ -164,7 +164,7 @@ class VisionTransformer(nn.Module):
         if x.shape[2:] != self.input_size:
             raise ValueError(f"input of {tuple(x.shape[2:])}; the encoder takes {self.input_size}")
         x = self.conv1(x).flatten(2).transpose(1, 2)                             # (B, N-1, C)
-        first = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)           # (B, 1, C)
+        first = self.class_embedding.expand(len(x), 1, -1)           # (B, 1, C)
         x = torch.cat([first, x], dim=1) + self.positional_embedding             # (B, N, C)
         x = self.transformer(self.ln_pre(x), first_only=True)                    # (B, 1, C)
         return self.ln_post(x[:, 0]) @ self.proj                                 # (B, D)
@@ -176,7 +176,7 @@ class VisionTransformer(nn.Module):
         convolution = (N - 1) * self.conv1.weight.numel()
         keys_values = layers * N * 2 * C ** 2
         queries = (layers - 1) * N + 1  # in the last layer the class token alone asks
-        per_query = 10 * C ** 2 + 2 * N * C
+        per_query = 10 * C ** 2 + 2 * N * C  # query, output 2, MLP 8; scores and their mix 2 N
         return 2 * (convolution + keys_values + queries * per_query)  # multiplications, additions
 
 

@@ -186,15 +186,15 @@ def frame_bank(folder, clips, clip, workers):
     names = [c.id for c in clips] + [os.path.basename(frame) for frame in frames]
     read = partial(load_image, size=clip.image_size)
     paths = embed_to_disk(folder, "frames", names, frames, read, clip.encode_image, clip, workers)
-    return Bank(paths, np.arange(len(frames)), np.cumsum([0] + [len(c.frames) for c in clips]))
+    return Bank(paths, np.arange(len(frames)), [len(c.frames) for c in clips])
 
 
 class Bank:
     """Embeddings in chunk files, (M, D) fp16 unit vectors, zeros where one can't be had; clip i has
-    the rows rows[starts[i]:starts[i + 1]]."""
+    the next counts[i] of `rows`."""
 
-    def __init__(self, paths, rows, starts):
-        self.paths, self.rows, self.starts = paths, rows, starts
+    def __init__(self, paths, rows, counts):
+        self.paths, self.rows, self.starts = paths, rows, np.cumsum([0, *counts])
 
     def of(self, i):
         """Numbers of clip i's rows."""
@@ -278,7 +278,7 @@ class AudioSamples:
                 return self.read((i + offset) % len(self), rng) | {"skipped": offset > 0}
             except Unreadable as error:
                 reason = f"skipped: {error}"
-            if offset == 0:
+            if offset == 0:  # the others are named in their own turn
                 print(reason, file=sys.stderr)
         raise ValueError(f"{offset + 1} clips in a row can't be read; {reason}")
 
@@ -303,7 +303,7 @@ def check_input(samples):
     x = samples.front_end(some["wave"], some["length"])                          # (32, 1, T, F)
     if abs(x.mean()) > 0.7 or not 0.4 < x.std() < 2:
         print0(f"warning: the encoder's input has mean {x.mean():.2f} and std {x.std():.2f}, not 0 "
-               f"and 1; data.py stats tells --mean and --std")
+               f"and 1; data.py stats tells pretrain.py's --mean and --std")
 
 
 # -------------------------------------------------------------------------------- checkpoints
@@ -376,11 +376,12 @@ def train(learner, samples, settings, about, validate, device):
     about     what the checkpoint says of itself: "stage", "made_of", and more
     validate  (learner) -> dict of numbers in %, called on every rank after each epoch
     """
-    (rank, size), count, gpu = rank_and_size(), len(samples), device.type == "cuda"
+    (rank, size), count = rank_and_size(), len(samples)
+    gpu = device.type == "cuda"
     path, log = Path(settings.out) / "checkpoint.pt", Path(settings.out) / "log.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     if settings.batch % size or not 0 < settings.batch <= count:
-        raise ValueError(f"--batch {settings.batch}: choose a multiple of {size} up to {count}")
+        raise ValueError(f"--batch: choose a multiple of {size} ranks, up to {count} clips")
     steps_per_epoch = count // settings.batch
     steps = settings.steps or settings.epochs * steps_per_epoch
     if settings.precision == "auto":
@@ -515,8 +516,8 @@ def pretrain(settings, device):
     clips = training_clips(folder, settings.leave_out)
     clip = load_clip(settings.clip, device)
     tokenizer = load_tokenizer(settings.vocab, clip)
-    bank = frame_bank(banks, clips, clip, settings.workers)
     validate = frame_retrieval(folder, banks, clip, settings.workers)
+    bank = frame_bank(banks, clips, clip, settings.workers)
     strides = settings.stride_time, settings.stride_mel
     encoder = audio_encoder_from_clip(clip, settings.frames, settings.mels, strides)
     if settings.init == "random":  # VA-Rand (§4)
@@ -545,9 +546,9 @@ def make_toy_world():
     images = torch.stack([load_image(pair.frames[0], 64) for pair in pairs])     # (N, 3, R, R)
     tokens = tokenizer([pair.captions[0] for pair in pairs])                     # (N, L)
     optimizer = torch.optim.Adam(clip.parameters())
-    steps = torch.cat([torch.randperm(len(pairs)) for _ in range(5)]).split(128)  # 5 epochs
-    for step, rows in enumerate(tqdm(steps, desc="the toy's CLIP")):
-        optimizer.param_groups[0]["lr"] = 5e-4 * schedule(step, len(steps), warmup_steps=20)
+    order = torch.cat([torch.randperm(len(pairs)) for _ in range(5)]).split(128)  # 5 epochs
+    for step, rows in enumerate(tqdm(order, desc="the toy's CLIP")):
+        optimizer.param_groups[0]["lr"] = 5e-4 * schedule(step, len(order), warmup_steps=20)
         loss = info_nce(clip.encode_image(images[rows]), clip.encode_text(tokens[rows]),
                         clip.logit_scale)
         loss.backward()

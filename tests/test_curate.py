@@ -26,7 +26,7 @@ def test_mining_is_a_sort_and_a_clips_captions_the_union_over_its_frames(tmp_pat
         paths.append(pretrain.in_chunks(tmp_path / f"{count}", count,
                                         lambda start, end, x=x: [x[start:end]], ""))
     cosines, readable = arrays[0] @ arrays[1].T, np.arange(45) != 3              # (45, 64)
-    frames = pretrain.Bank(paths[0], np.arange(45), np.arange(0, 46, 5))
+    frames = pretrain.Bank(paths[0], np.arange(45), 9 * [5])
     found = curate.mine(frames, paths[1], 7, CPU)                                # (45, 7)
     assert (found["caption"] == np.argsort(-cosines)[:, :7])[readable].all()
     assert np.allclose(found["cosine"][readable], -np.sort(-cosines)[readable, :7], atol=1e-5)

@@ -36,7 +36,7 @@ def test_what_cannot_be_read_is_a_row_of_zeros_and_is_never_drawn(tmp_path, capf
     assert (rows[1] == 0).all() and np.allclose(np.linalg.norm(rows[[0, 2]], axis=1), 1)
     assert "skipped: item -2" in capfd.readouterr().err
     np.save(tmp_path / "0.npy", rows.astype(np.float16))
-    bank = pretrain.Bank([tmp_path / "0.npy"], np.array([0, 1, 2, 1]), np.array([0, 3, 4]))
+    bank = pretrain.Bank([tmp_path / "0.npy"], np.array([0, 1, 2, 1]), [3, 1])
     rng = np.random.default_rng(0)
     assert {round(bank.draw(0, rng)[0].item(), 1) for _ in range(20)} == {0.7, 0.9}
     with pytest.raises(data.Unreadable):
