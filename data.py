@@ -69,6 +69,7 @@ def run(main):
         text = str(error) or "stopped; the same command goes on from here"  # Ctrl-C has no text
         if "Original Traceback" in text:  # out of a worker process: the last line says it
             text = text.strip().splitlines()[-1].partition(": ")[2]
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun passes on what Ctrl-C said already
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)  # rank 0 mostly says the same, and then torchrun ends this process
         sys.stdout.flush()
@@ -91,8 +92,9 @@ def write_whole(path, save):
 
 
 def end_with_parent(parent, worker):
-    """At a worker process's start: leave Ctrl-C to its parent, and end when that does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """At a process's start: end when its parent does; a DataLoader's worker leaves Ctrl-C to it."""
+    if worker is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:  # killed before we could ask
@@ -185,7 +187,7 @@ def resample(path, wave, rate, new_rate, silent=False):
     if len(wave) < 0.025 * rate:
         raise Unreadable(f"{path}: {1000 * len(wave) / rate:.0f} ms of sound; needed are 25")
     if silent:
-        raise Unreadable(f"{path}: its first channel, the one that is heard (§3.2.2), is silent")
+        raise Unreadable(f"{path}: what is heard of it, its first channel (§3.2.2), is silent")
     if not 1000 <= rate <= 1_000_000:
         raise Unreadable(f"{path}: says it has {rate} samples a second; is its header damaged?")
     if not np.isfinite(wave).all():
@@ -832,7 +834,7 @@ def extract(table, videos, out, sample_rate=FrontEnd.sample_rate, workers=2):
     else:
         pieces = in_processes(pieces_of, own_videos(videos), workers)
         jobs = list(itertools.chain.from_iterable(tqdm(pieces, "lengths", unit=" videos")))
-    rows, report = [], [("id", "status", "reason")]
+    rows, report, reasons = [], [("id", "status", "reason")], out / f"{stem}_report.csv"
     cut = in_processes(partial(cut_clip, out=out, sample_rate=sample_rate), jobs, workers)
     for (status, reason, row), (segment, _) in zip(tqdm(cut, unit=" clips"), jobs):
         report.append((segment.id, status, reason))
@@ -840,8 +842,6 @@ def extract(table, videos, out, sample_rate=FrontEnd.sample_rate, workers=2):
             rows.append((segment, row))
         if status == "unreadable":
             tqdm.write(f"skipped: {reason}", file=sys.stderr)
-    with open(out / f"{stem}_report.csv", "w", newline="", errors="backslashreplace") as file:
-        csv.writer(file).writerows(report)
     names = {segment.video for segment, row in rows if segment.split == "train" and row["frames"]}
     # of a set without validation one video in fifty, by its name's checksum, validates; or one
     val = {name for name in names if zlib.crc32(os.fsencode(name)) % 50 == 0}
@@ -852,6 +852,11 @@ def extract(table, videos, out, sample_rate=FrontEnd.sample_rate, workers=2):
         split = "val" if segment.video in val else segment.split or default
         row = {key: value for key, value in row.items() if value}
         indexes.setdefault(split, []).append(json.dumps(row) + "\n")
+    there = [split for split in indexes if (out / f"{split}.jsonl").exists()]
+    if there and not reasons.exists():
+        raise ValueError(f"{out}/{there[0]}.jsonl is there, of other clips; choose another --out")
+    with open(reasons, "w", newline="", errors="backslashreplace") as file:
+        csv.writer(file).writerows(report)
     for split, lines in indexes.items():
         write_whole(out / f"{split}.jsonl", partial(Path.write_text, data="".join(lines)))
     counts = Counter(status for _, status, _ in report[1:])

@@ -135,9 +135,10 @@ def prepare(model, name, folder, kinds, need=(), split="test"):
     clips = [clip for clip in listed if ("audio" not in kinds or os.path.isfile(clip.audio))
              and ("frames" not in kinds or clip.frames)]
     gone = {clip.id for clip in set(listed) - set(clips)}
-    if table.exists() and name in ("audioset", "audiocaps"):  # an index lacks what was not found
-        indexed = {clip.id[:11] for clip in listed}  # YouTube's ids
-        gone |= {row.id for row in read_published(table) if row.video not in indexed}
+    if table.exists() and name in ("audioset", "audiocaps", "vggsound"):
+        indexed = {clip.id[:11] for clip in listed}  # YouTube's ids of what was found
+        gone |= {row.id for row in read_published(table)
+                 if row.video not in indexed and row.split in ("", split)}
     model.missing |= gone
     counts = {len(clip.captions): clip.id for clip in clips}
     if "captions" in need and len(counts) > 1:

@@ -96,8 +96,8 @@ def start_of(init):
 
 def about(stage, clips, start, **more):
     """What a checkpoint says of itself."""
-    names = [short_digest(c.id, *c.captions, *c.labels) for c in clips]
-    made_of = {"clips": short_digest(*names), "start": digest(start.audio_encoder)}
+    names = short_digest(*(short_digest(c.id, *c.captions, *c.labels) for c in clips))
+    made_of = {"clips": f"{len(clips)}, {names}", "start": digest(start.audio_encoder)}
     return {"stage": stage, "made_of": made_of, **more}
 
 

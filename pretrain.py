@@ -526,7 +526,8 @@ def pretrain(settings, device):
     front_end = FrontEnd(settings.sample_rate, settings.mels, settings.frames, settings.mean,
                          settings.std)
     samples = AudioSamples(clips, [bank], front_end, settings.seed)
-    made_of = {"clips": short_digest(*(c.id for c in clips)), "CLIP": digest(clip)}
+    made_of = {"clips": f"{len(clips)}, {short_digest(*(c.id for c in clips))}",
+               "CLIP": digest(clip)}
     about = {"stage": "pretrain", "made_of": made_of, "clip": pack_clip(clip, tokenizer)}
     train(AudioLearner(encoder, front_end), samples, settings, about, validate, device)
 

@@ -39,10 +39,10 @@ def run(*words, ranks=1, check=True, cwd=None):
     return done
 
 
-def kill(text, *words, ranks=1, count=1):
-    """Run a script and kill it (SIGKILL) a moment after its `count`th line that holds a text (each
-    step of a bar is a line) -> seconds until the last of its processes had ended, for all of them
-    hold the pipe open; None where it had ended by itself."""
+def kill(text, *words, ranks=1, count=1, signal=9):
+    """Run a script and kill it (2: Ctrl-C) a moment after its `count`th line that holds a text
+    (each step of a bar is a line) -> seconds until the last of its processes had ended, for all of
+    them hold the pipe open; None where it had ended by itself."""
     process = subprocess.Popen(command(*words, ranks=ranks), env=ENVIRONMENT, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     killed = 0
@@ -50,9 +50,9 @@ def kill(text, *words, ranks=1, count=1):
         count -= text in line
         if count == 0 and not killed:
             time.sleep(random.uniform(0, 0.02))
-            process.kill()
+            process.send_signal(signal)
             killed = time.monotonic()
-    return time.monotonic() - killed if process.wait() < 0 else None
+    return time.monotonic() - killed if process.wait() and killed else None
 
 
 def kill_at_random(stages, *words):

@@ -112,7 +112,8 @@ def test_two_ranks_are_one_and_a_run_goes_on_with_another_number(checkpoint, fla
 
 def test_no_process_outlives_its_parent(flags):
     """Neither ranks torchrun nor workers their rank; left alone they would go on for long."""
-    assert kill("step 2 ", "pretrain.py", *flags, "--epochs", 500, ranks=2) < 3
+    assert kill("clips/s", "pretrain.py", *flags, "--epochs", 500, ranks=2) < 3
+    assert kill("clips/s", "pretrain.py", *flags, "--epochs", 500, ranks=2, signal=2) < 15
 
 
 def test_a_data_folder_is_only_read_and_a_checkpoint_is_all_there_is_to_know(checkpoint, world):
