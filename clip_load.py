@@ -134,7 +134,9 @@ def read_weights(path, pickle_module=None):
                 raise ValueError(f"{damaged} is damaged; make or fetch the file anew")
             if any(name.endswith("/constants.pkl") for name in archive.namelist()):  # TorchScript
                 return torch.jit.load(path, map_location="cpu").state_dict()
-    return torch.load(path, "cpu", pickle_module, weights_only=not pickle_module)
+    if pickle_module:  # the authors' settings are objects, which weights_only=True refuses
+        return torch.load(path, "cpu", pickle_module, weights_only=False)
+    return torch.load(path, "cpu", weights_only=True)
 
 
 NAMES = {  # parts of Hugging Face's, open_clip's, the authors' keys -> OpenAI's, in this order

@@ -834,7 +834,7 @@ def extract(table, videos, out, sample_rate=FrontEnd.sample_rate, workers=2):
     else:
         pieces = in_processes(pieces_of, own_videos(videos), workers)
         jobs = list(itertools.chain.from_iterable(tqdm(pieces, "lengths", unit=" videos")))
-    rows, report, reasons = [], [("id", "status", "reason")], out / f"{stem}_report.csv"
+    rows, report = [], [("id", "status", "reason")]
     cut = in_processes(partial(cut_clip, out=out, sample_rate=sample_rate), jobs, workers)
     for (status, reason, row), (segment, _) in zip(tqdm(cut, unit=" clips"), jobs):
         report.append((segment.id, status, reason))
@@ -852,6 +852,7 @@ def extract(table, videos, out, sample_rate=FrontEnd.sample_rate, workers=2):
         split = "val" if segment.video in val else segment.split or default
         row = {key: value for key, value in row.items() if value}
         indexes.setdefault(split, []).append(json.dumps(row) + "\n")
+    reasons = out / f"{stem}_report.csv"
     there = [split for split in indexes if (out / f"{split}.jsonl").exists()]
     if there and not reasons.exists():
         raise ValueError(f"{out}/{there[0]}.jsonl is there, of other clips; choose another --out")

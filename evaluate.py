@@ -53,7 +53,7 @@ def retrieval_metrics(audio, captions, captions_per_clip=5, mean=percent, galler
     """Both ways' recall at 1, 5, 10 and median rank (from 1), by `mean`: `percent` or `interval`.
 
     audio (N, D), captions (5N, D), gallery (N,). A sound looks for its best own caption."""
-    similarity, result = unit(audio) @ unit(captions).T, {}                      # (N, 5N)
+    similarity = unit(audio) @ unit(captions).T                                  # (N, 5N)
     if gallery is not None:
         of_caption = gallery.repeat_interleave(captions_per_clip)                # (5N,)
         similarity[gallery[:, None] != of_caption] = -torch.inf
@@ -62,6 +62,7 @@ def retrieval_metrics(audio, captions, captions_per_clip=5, mean=percent, galler
     # differs from the paper, which does not say: a tie is lost (so is NaN), or equal features score
     a2t = (~(similarity < best)).sum(1) - (~(own < best)).sum(1)                 # (N,)
     t2a = (~(similarity < own.flatten())).sum(0) - 1                             # (5N,)
+    result = {}
     for way, rank in (("a2t", a2t[:, None]), ("t2a", t2a.view_as(own))):
         for k in (1, 5, 10):
             result[f"{way}_r{k}"] = mean((rank < k).float().mean(1))
@@ -234,8 +235,9 @@ def measure(model, task, folder):
     if task == "toy":
         return {part: measure(model, name, folder)[name] for part, name in TOY_PARTS.items()}
     if task == "clotho":  # on 10 s, and on 18 s with positions resized once more (App. D)
-        longer, learner = copy.copy(model), model.learner
+        learner = model.learner
         front_end = replace(learner.front_end, frames=round(1.8 * learner.front_end.frames))
+        longer = copy.copy(model)
         longer.learner = AudioLearner(lengthen(learner.audio_encoder, front_end.frames), front_end)
         return {f"clotho {each.learner.front_end.seconds:g} s": retrieval(each, task, folder)
                 for each in (model, longer)}

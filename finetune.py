@@ -194,7 +194,8 @@ class Labels:
 
 class MixedSamples(AudioSamples):
     """Samples of which a share, `mixup`, are mixtures of two."""
-    mixup, remember = 0.0, RememberSounds
+    mixup = 0.0
+    remember = RememberSounds
 
     def read(self, i, rng):
         sample = super().read(i, rng)

@@ -111,7 +111,10 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Blocks, (B, N, C) -> (B, N, C); with `first_only` the last -> (B, 1, C). `causal`: text."""
+    """A stack of blocks, (B, N, C) -> (B, N, C); `causal` for text.
+
+    With `first_only` -> (B, 1, C): the last block leaves out what the first token does not need.
+    """
 
     def __init__(self, width, layers, heads, causal=False):
         super().__init__()

@@ -96,8 +96,9 @@ def parse(defaults, presets, argv=None, description=None):
     parser = ArgumentParser(description=description, allow_abbrev=False, argument_default=SUPPRESS,
                             formatter_class=RawDescriptionHelpFormatter)
     for f in fields(defaults):
-        typed = {"type": f.type, "choices": f.metadata["choices"]}
-        kind = {"action": "store_true"} if f.type is bool else typed
+        kind = {"type": f.type, "choices": f.metadata["choices"]}
+        if f.type is bool:
+            kind = {"action": "store_true"}
         text = f"{f.metadata['help']} ({getattr(defaults, f.name)})".replace("%", "%%")
         parser.add_argument("--" + f.name.replace("_", "-"), help=text, **kind)
     given = vars(parser.parse_args(argv))
@@ -376,12 +377,14 @@ def train(learner, samples, settings, about, validate, device):
     about     what the checkpoint says of itself: "stage", "made_of", and more
     validate  (learner) -> dict of numbers in %, called on every rank after each epoch
     """
-    (rank, size), count = rank_and_size(), len(samples)
+    rank, size = rank_and_size()
+    count = len(samples)
     gpu = device.type == "cuda"
     path, log = Path(settings.out) / "checkpoint.pt", Path(settings.out) / "log.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     if settings.batch % size or not 0 < settings.batch <= count:
-        raise ValueError(f"--batch: choose a multiple of {size} ranks, up to {count} clips")
+        raise ValueError(f"--batch {settings.batch}: up to {count}, the number of clips, and such "
+                         f"that {size} rank(s) can share it evenly")
     steps_per_epoch = count // settings.batch
     steps = settings.steps or settings.epochs * steps_per_epoch
     if settings.precision == "auto":
@@ -442,8 +445,9 @@ def train(learner, samples, settings, about, validate, device):
         speed = (step - logged) * settings.batch / seconds
         numbers = {"epoch": step / steps_per_epoch, "loss": mean_loss, **learner.report(),
                    "lr": optimizer.param_groups[0]["lr"], "clips/s": speed,
-                   "MFU": speed * flops / peak_rate / size, "waiting": waiting / seconds,
-                   "skipped": skipped, "minutes left": (steps - step) * settings.batch / speed / 60}
+                   "MFU": speed * flops / peak_rate / size,
+                   "waiting": waiting / seconds, "skipped": skipped,
+                   "minutes left": (steps - step) * settings.batch / speed / 60}
         scores = validate(learner.eval()) if epoch_ends else {}
         learner.train()
         line = " | ".join(f"{name} {value:.4g}" for name, value in (numbers | scores).items())
@@ -496,8 +500,10 @@ def frame_retrieval(folder, banks, clip, workers):
 
 
 def training_clips(folder, leave_out):
-    """A folder's training clips with sound and frames, but not what AudioCaps tests, whose tables
-    are in `leave_out`, or none. Raises FileNotFoundError, ValueError (no clip)."""
+    """A folder's training clips with sound and frames, without those that AudioCaps tests.
+
+    leave_out: folder of AudioCaps' tables, or none. Raises FileNotFoundError, ValueError (no clip).
+    """
     listed = read_split("audioset", folder, "train")
     whole = [clip for clip in listed if clip.audio and clip.frames]
     held_out = set() if leave_out == "none" else held_out_by_audiocaps(leave_out, folder)
@@ -568,7 +574,8 @@ def main():
     out = settings.out or f"out/{dataset_folder(settings.data).name}/{name}"
     pretrain(replace(settings, out=out), device)
     flags = ["--checkpoint", f"{out}/checkpoint.pt", "--task", "toy" if toy else "all"]
-    print0(f"next: python evaluate.py {' '.join(flags)}, or with sounds of your own --task search")
+    print0(f"next: python evaluate.py {' '.join(flags)}; with sounds of your own --task search "
+           f"--audio FOLDER --query WORDS")
     if toy and rank_and_size()[1] == 1:
         sys.exit(subprocess.call([sys.executable, Path(__file__).with_name("evaluate.py"), *flags]))
 

@@ -332,6 +332,8 @@ def test_a_folder_of_videos_becomes_a_dataset_even_if_killed_at_random_moments(t
     assert len(files) > 30
     for file in files:
         assert (one / file).read_bytes() == (two / file).read_bytes(), file
+    (one / "train_report.csv").unlink()  # as if the index were of other clips
+    assert "choose another --out" in run("data.py", *flags, one, check=False).stderr
 
 
 # ------------------------------------------------------------------------------------- the rest
