@@ -628,11 +628,11 @@ def read_index(path, need=()):
 def read_split(name, folder, split="test", need=()):
     """A split of a dataset -> list of Clip: <split>.jsonl where it is there, else as published.
 
-    need: keys that an index's lines must have. Raises FileNotFoundError, ValueError.
+    need: keys that an index's lines must have, besides audio. Raises FileNotFoundError, ValueError.
     """
     index = Path(folder) / f"{split}.jsonl"
     if index.exists():
-        return read_index(index, need)
+        return read_index(index, ("audio", *need))
     table = table_of(name, folder, split)
     if not table.exists():
         raise FileNotFoundError(f"{folder}: neither {index.name} nor {table.name} in it. {GET_IT}")
