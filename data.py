@@ -834,6 +834,11 @@ def extract(table, videos, out, sample_rate=FrontEnd.sample_rate, workers=2):
     else:
         pieces = in_processes(pieces_of, own_videos(videos), workers)
         jobs = list(itertools.chain.from_iterable(tqdm(pieces, "lengths", unit=" videos")))
+    default = dict(zip(TABLES["audioset"], SPLITS)).get(f"{stem}.csv", stem)
+    reasons = out / f"{stem}_report.csv"
+    for split in {segment.split or default for segment, _ in jobs}:
+        if (out / f"{split}.jsonl").exists() and not reasons.exists():
+            raise ValueError(f"{out}/{split}.jsonl is there, of other clips; choose another --out")
     rows, report = [], [("id", "status", "reason")]
     cut = in_processes(partial(cut_clip, out=out, sample_rate=sample_rate), jobs, workers)
     for (status, reason, row), (segment, _) in zip(tqdm(cut, unit=" clips"), jobs):
@@ -846,16 +851,11 @@ def extract(table, videos, out, sample_rate=FrontEnd.sample_rate, workers=2):
     # of a set without validation one video in fifty, by its name's checksum, validates; or one
     val = {name for name in names if zlib.crc32(os.fsencode(name)) % 50 == 0}
     val = val or set(sorted(names)[1:2])
-    default = dict(zip(TABLES["audioset"], SPLITS)).get(f"{stem}.csv", stem)
     indexes = {}
     for segment, row in rows:
         split = "val" if segment.video in val else segment.split or default
         row = {key: value for key, value in row.items() if value}
         indexes.setdefault(split, []).append(json.dumps(row) + "\n")
-    reasons = out / f"{stem}_report.csv"
-    there = [split for split in indexes if (out / f"{split}.jsonl").exists()]
-    if there and not reasons.exists():
-        raise ValueError(f"{out}/{there[0]}.jsonl is there, of other clips; choose another --out")
     with open(reasons, "w", newline="", errors="backslashreplace") as file:
         csv.writer(file).writerows(report)
     for split, lines in indexes.items():
