@@ -441,24 +441,21 @@ def search(model, heard, queries, top):
 # -------------------------------------------------------------------------------- the command
 def run_tasks(models, args, out):
     """Measure with each model, save (the first's results, "beside" them the others'), print."""
-    tasks, runs, errors = list(TASKS) if args.task == "all" else [args.task], [], []
-    parts = {}  # names of all models' results, in order
-    for model in models:
-        results = {}
-        for task in tasks:
-            try:
-                folder = dataset_folder(args.data or DATASETS.get(task, task))
-                results |= measure(model, task, folder)
-            except (OSError, ValueError) as error:
-                errors.append(f"{model.name}, {task}: not measured. {error}")
-        parts |= results
-        if results:
-            runs.append({"checkpoint": model.name, "row": args.row or model.row,
-                         "results": results})
+    runs = [{"checkpoint": model.name, "row": args.row or model.row, "results": {}}
+            for model in models]
+    parts, errors = {}, []  # names of all results, in order
+    for task in TASKS if args.task == "all" else [args.task]:
+        try:
+            folder = dataset_folder(args.data or DATASETS.get(task, task))
+            for model, one in zip(models, runs):
+                one["results"] |= measure(model, task, folder)
+                parts |= one["results"]
+        except (OSError, ValueError) as error:
+            errors.append(f"{task}: not measured. {error}")
     if args.list_missing:
         missing = "\n".join([*sorted(models[0].missing), ""])
         save(args.list_missing, lambda part: part.write_text(missing))
-    if not runs:
+    if not parts:
         raise ValueError("\n".join(errors))
     print0("\n".join(errors))
     text = json.dumps(runs[0] | {"beside": runs[1:]}, indent=1)
