@@ -213,7 +213,7 @@ class HeadLearner(AudioLearner):
 
     def __init__(self, start, classes, loss, last_layers):
         super().__init__(start.audio_encoder, start.front_end)
-        del self.log_scale  # without pairs there is no temperature
+        self.log_scale.requires_grad_(False)  # without pairs the temperature stays
         self.loss = loss
         encoder = self.audio_encoder
         D, blocks = encoder.config["output_dim"], encoder.transformer.resblocks
@@ -228,10 +228,6 @@ class HeadLearner(AudioLearner):
         """Batch -> logits and targets, 2 × (B, K)."""
         audio, targets = super().forward(batch)                                  # (B, D), (B, 1, K)
         return self.head(unit(audio)).float(), targets[:, 0]
-
-    def report(self):
-        """No more numbers for the log."""
-        return {}
 
 
 def rounds_of(settings, folder):

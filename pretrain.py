@@ -235,10 +235,6 @@ class AudioLearner(nn.Module):
         """Contrastive losses with each kind of target, summed: one (Eq. 4), in VAT two (App. E)."""
         return sum(info_nce(audio, target, self.log_scale) for target in targets.unbind(1))
 
-    def report(self):
-        """Numbers for the log."""
-        return {"temperature": self.log_scale.neg().exp().item()}
-
     def encode(self, batch):
         """Padded waveforms and their lengths, on any device -> audio features (B, D)."""
         wave, length = (part.to(self.audio_encoder.proj.device) for part in batch)
@@ -373,7 +369,7 @@ def matmul_rate(device):
 def train(learner, samples, settings, about, validate, device):
     """The training loop of every stage, over AudioSamples; leaves checkpoint.pt and log.jsonl.
 
-    learner   forward(batch) -> features; loss(*features) -> (); report() -> numbers for the log
+    learner   forward(batch) -> features; loss(*features) -> ()
     about     what the checkpoint says of itself: "stage", "made_of", and more
     validate  (learner) -> dict of numbers in %, called on every rank after each epoch
     """
@@ -443,7 +439,8 @@ def train(learner, samples, settings, about, validate, device):
             raise ValueError(f"{skipped} clips of this epoch can't be read, more than ten and more "
                              f"than 1 %; mend or remove the files named above, delete the banks")
         speed = (step - logged) * settings.batch / seconds
-        numbers = {"epoch": step / steps_per_epoch, "loss": mean_loss, **learner.report(),
+        numbers = {"epoch": step / steps_per_epoch, "loss": mean_loss,
+                   "temperature": learner.log_scale.neg().exp().item(),
                    "lr": optimizer.param_groups[0]["lr"], "clips/s": speed,
                    "MFU": speed * flops / peak_rate / size,
                    "waiting": waiting / seconds, "skipped": skipped,
