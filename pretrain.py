@@ -404,7 +404,7 @@ def train(learner, samples, settings, about, validate, device):
     source = iter(loader(samples, settings.workers, batch_sampler=order, pin_memory=gpu))
     write_log(log, f"{settings.out}: {count} clips, step {start} of {steps}, {size} rank(s) "
               f"on {device}", command=sys.argv, settings=vars(settings), ranks=size)
-    logged, began, waiting, skipped = start, time.perf_counter(), 0.0, 0
+    logged, began, skipped = start, time.perf_counter(), 0
     losses = torch.zeros((), device=device)  # summed on the device: to read it waits for the step
 
     for step in range(start + 1, steps + 1):
@@ -414,9 +414,7 @@ def train(learner, samples, settings, about, validate, device):
         # batch
         if (step - 1) % steps_per_epoch == 0:
             skipped = 0
-        asked = time.perf_counter()
         batch = next(source)
-        waiting += time.perf_counter() - asked
         skipped += batch.pop("skipped").sum().item()
         batch = {name: part.to(device, non_blocking=True) for name, part in batch.items()}
         # step
@@ -442,8 +440,7 @@ def train(learner, samples, settings, about, validate, device):
         numbers = {"epoch": step / steps_per_epoch, "loss": mean_loss,
                    "temperature": learner.log_scale.neg().exp().item(),
                    "lr": optimizer.param_groups[0]["lr"], "clips/s": speed,
-                   "MFU": speed * flops / peak_rate / size,
-                   "waiting": waiting / seconds, "skipped": skipped,
+                   "MFU": speed * flops / peak_rate / size, "skipped": skipped,
                    "minutes left": (steps - step) * settings.batch / speed / 60}
         scores = validate(learner.eval()) if epoch_ends else {}
         learner.train()
@@ -456,7 +453,7 @@ def train(learner, samples, settings, about, validate, device):
                 "settings": vars(settings), "step": step, "torch": str(torch.__version__),
                 "learner": learner.state_dict(), "optimizer": optimizer.state_dict()}))
         losses.zero_()
-        logged, began, waiting = step, time.perf_counter(), 0.0
+        logged, began = step, time.perf_counter()
     barrier()
 
 
