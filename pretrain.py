@@ -114,8 +114,7 @@ open_chunk = lru_cache(partial(np.load, mmap_mode="r"))  # path -> array, mapped
 def in_chunks(folder, count, make, description):
     """An array of `count` rows in files of CHUNK rows, made by the ranks in turn -> their paths.
 
-    make(start, end) yields these rows in parts (b, ...). What a killed run has made is kept.
-    """
+    make(start, end) yields these rows in parts (b, ...). What a killed run has made is kept."""
     rank, size = rank_and_size()
     paths = [Path(folder) / f"{start:09d}.npy" for start in range(0, count, CHUNK)]
     todo = [i for i in range(rank, len(paths), size) if not paths[i].exists()]
@@ -283,8 +282,7 @@ class AudioSamples:
 def batches(count, batch, seed, start, steps):
     """This rank's part of each batch from step `start` to `steps`: lists of (epoch, i).
 
-    An epoch's order follows from seed and epoch; what does not fill a batch at its end drops out.
-    """
+    An epoch's order follows from seed and epoch; what fills no batch at its end drops out."""
     rank, size = rank_and_size()
     for step in range(start, steps):
         epoch, at = divmod(step, count // batch)
@@ -371,8 +369,7 @@ def train(learner, samples, settings, about, validate, device):
 
     learner   forward(batch) -> features; loss(*features) -> ()
     about     what the checkpoint says of itself: "stage", "made_of", and more
-    validate  (learner) -> dict of numbers in %, called on every rank after each epoch
-    """
+    validate  (learner) -> dict of numbers in %, called on every rank after each epoch"""
     rank, size = rank_and_size()
     count = len(samples)
     gpu = device.type == "cuda"
@@ -397,24 +394,22 @@ def train(learner, samples, settings, about, validate, device):
         learner.audio_encoder.compile()
     model = nn.parallel.DistributedDataParallel(learner) if size > 1 else learner
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
-    with autocast:
-        peak_rate = matmul_rate(device)
-    flops = 3 * learner.audio_encoder.flops()  # of a clip; a backward pass costs two forward
+    with autocast:  # clips/s, if all were matrix products; a backward pass costs two forward
+        peak_speed = size * matmul_rate(device) / (3 * learner.audio_encoder.flops())
     order = batches(count, settings.batch, settings.seed, start, steps)
-    source = iter(loader(samples, settings.workers, batch_sampler=order, pin_memory=gpu))
+    source = loader(samples, settings.workers, batch_sampler=order, pin_memory=gpu)
     write_log(log, f"{settings.out}: {count} clips, step {start} of {steps}, {size} rank(s) "
               f"on {device}", command=sys.argv, settings=vars(settings), ranks=size)
     logged, began, skipped = start, time.perf_counter(), 0
     losses = torch.zeros((), device=device)  # summed on the device: to read it waits for the step
 
-    for step in range(start + 1, steps + 1):
+    for step, batch in enumerate(source, start + 1):
         # schedule
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * settings.lr_factor(step - 1, steps, steps_per_epoch)
         # batch
         if (step - 1) % steps_per_epoch == 0:
             skipped = 0
-        batch = next(source)
         skipped += batch.pop("skipped").sum().item()
         batch = {name: part.to(device, non_blocking=True) for name, part in batch.items()}
         # step
@@ -440,7 +435,7 @@ def train(learner, samples, settings, about, validate, device):
         numbers = {"epoch": step / steps_per_epoch, "loss": mean_loss,
                    "temperature": learner.log_scale.neg().exp().item(),
                    "lr": optimizer.param_groups[0]["lr"], "clips/s": speed,
-                   "MFU": speed * flops / peak_rate / size, "skipped": skipped,
+                   "MFU": speed / peak_speed, "skipped": skipped,
                    "minutes left": (steps - step) * settings.batch / speed / 60}
         scores = validate(learner.eval()) if epoch_ends else {}
         learner.train()
@@ -461,8 +456,7 @@ def train(learner, samples, settings, about, validate, device):
 def top1_hits(queries, gallery, clips):
     """Top-1 retrieval: queries, gallery (N, D) -> each query's precision, 0 or 1, and recall (N,).
 
-    Relevant is what has the same label *set* (§3.2.2), or without labels the same clip.
-    """
+    Relevant is what has the same label *set* (§3.2.2), or without labels the same clip."""
     sets = ["\n".join(sorted(set(clip.labels))) or clip.id for clip in clips]
     kind = torch.from_numpy(np.unique(sets, return_inverse=True)[1])             # (N,)
     best = torch.cat([(part @ gallery.T).argmax(1) for part in queries.split(1024)])  # (N,)
@@ -496,8 +490,7 @@ def frame_retrieval(folder, banks, clip, workers):
 def training_clips(folder, leave_out):
     """A folder's training clips with sound and frames, without those that AudioCaps tests.
 
-    leave_out: folder of AudioCaps' tables, or none. Raises FileNotFoundError, ValueError (no clip).
-    """
+    leave_out: folder of AudioCaps' tables, or none. Raises FileNotFoundError, ValueError."""
     listed = read_split("audioset", folder, "train")
     whole = [clip for clip in listed if clip.audio and clip.frames]
     held_out = set() if leave_out == "none" else held_out_by_audiocaps(leave_out, folder)
