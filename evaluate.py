@@ -441,8 +441,7 @@ def search(model, heard, queries, top):
 # -------------------------------------------------------------------------------- the command
 def run_tasks(models, args, out):
     """Measure with each model, save (the first's results, "beside" them the others'), print."""
-    runs = [{"checkpoint": model.name, "row": args.row or model.row, "results": {}}
-            for model in models]
+    runs = [{"checkpoint": model.name, "row": model.row, "results": {}} for model in models]
     parts, errors = {}, []  # names of all results, in order
     for task in TASKS if args.task == "all" else [args.task]:
         try:
@@ -479,7 +478,6 @@ def main():
     flag("--checkpoint", nargs="+", type=Path, help="one, or several side by side")
     flag("--data", help="a dataset's name or its folder (data/<the task's>)")
     flag("--out", help="where results, charts and what was heard go (beside the checkpoint)")
-    flag("--row", choices=PAPER, help="of the paper's tables, to print beside (as trained)")
     flag("--list-missing", metavar="FILE", help="for the names of clips that are not on disk")
     flag("--target", type=float, default=81, help="scaling: accuracy to reach (81 %%, people)")
     flag("--audio", nargs="+", help="tag, search: recordings, or folders of them")
