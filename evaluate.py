@@ -20,11 +20,11 @@ from functools import partial
 from pathlib import Path
 
 from clip_load import digest, lengthen, short_digest, unpack_clip
-from data import (AUDIO, VIDEO, Unreadable, audio_windows, captions_of, dataset_folder, find_files,
-                  labels_of, load_image, read_published, read_split, read_text, reading, run,
-                  table_of, write_whole)
-from model import join_ranks, print0, rank_and_size, unit
-from pretrain import AudioLearner, Training, embed_all, learner_of, load_checkpoint, top1_hits
+from data import (AUDIO, VIDEO, FrontEnd, Unreadable, audio_windows, captions_of, dataset_folder,
+                  find_files, labels_of, load_image, read_published, read_split, read_text, reading,
+                  run, table_of, write_whole)
+from model import VisionTransformer, join_ranks, print0, rank_and_size, unit
+from pretrain import AudioLearner, Training, embed_all, load_checkpoint, top1_hits
 
 import numpy as np
 import torch
@@ -97,7 +97,10 @@ class Model:
         checkpoint = load_checkpoint(path, ["pretrain", "finetune"])
         self.name, self.device = str(path).removesuffix("/checkpoint.pt"), device
         with reading(path, "checkpoint of this version"):
-            self.learner = learner_of(checkpoint).to(device)
+            encoder = VisionTransformer(**checkpoint["encoder"])
+            self.learner = AudioLearner(encoder, FrontEnd(**checkpoint["front_end"])).to(device)
+            self.learner.load_state_dict(checkpoint["learner"])
+            self.learner.eval()
             self.clip, self.tokenizer = unpack_clip(checkpoint["clip"], device)
         self.scale = self.learner.log_scale.exp().item()  # 1/temperature
         settings = checkpoint["settings"]

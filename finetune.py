@@ -21,8 +21,8 @@ from data import (FrontEnd, RememberSounds, captions_of, dataset_folder, labels_
                   read_split, run)
 from evaluate import Model, average_precision, retrieval_metrics, save
 from model import VisionTransformer, join_ranks, print0, unit
-from pretrain import (AudioLearner, AudioSamples, Bank, Training, frame_bank, learner_of,
-                      load_checkpoint, parse, setting, text_bank, train)
+from pretrain import (AudioLearner, AudioSamples, Bank, Training, frame_bank, parse, setting,
+                      text_bank, train)
 
 import numpy as np
 import torch
@@ -91,7 +91,7 @@ def start_of(init):
         encoder = VisionTransformer((500, 64), patch=16, stride=(12, 12), channels=1, width=128,
                                     layers=3, heads=2, output_dim=512)
         return AudioLearner(encoder, FrontEnd(16_000, 64, 500, -5.71, 5.91))
-    return learner_of(load_checkpoint(init, ["pretrain", "finetune"]))
+    return Model(init, torch.device("cpu")).learner
 
 
 def about(stage, clips, start, **more):

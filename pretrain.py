@@ -313,14 +313,6 @@ def load_checkpoint(path, stages):
     return checkpoint
 
 
-def learner_of(checkpoint):
-    """What a loaded checkpoint has learned -> AudioLearner."""
-    encoder = VisionTransformer(**checkpoint["encoder"])
-    learner = AudioLearner(encoder, FrontEnd(**checkpoint["front_end"]))
-    learner.load_state_dict(checkpoint["learner"])
-    return learner.eval()
-
-
 def resume(path, learner, optimizer, settings, about):
     """Go on from a run's own checkpoint, if any -> step. Raises ValueError (of another run)."""
     if not path.exists():
