@@ -81,20 +81,6 @@ class Attention(nn.Module):
         return self.out_proj(x.transpose(1, 2).flatten(2))                       # (B, ·, C)
 
 
-class MLP(nn.Module):
-    """Two layers with CLIP's QuickGELU between them, (B, N, C) -> (B, N, C)."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.c_fc = nn.Linear(width, 4 * width)
-        self.c_proj = nn.Linear(4 * width, width)
-
-    def forward(self, x):
-        x = self.c_fc(x)                                                         # (B, N, 4C)
-        x = F.silu(1.702 * x) / 1.702  # x·σ(1.702 x); so written, autograd keeps a tensor less
-        return self.c_proj(x)                                                    # (B, N, C)
-
-
 class Block(nn.Module):
     """Pre-norm residual block, (B, N, C) -> (B, N, C); with `first_only` -> (B, 1, C)."""
 
@@ -102,12 +88,16 @@ class Block(nn.Module):
         super().__init__()
         self.attn = Attention(width, heads, causal)
         self.ln_1 = nn.LayerNorm(width)
-        self.mlp = MLP(width)
+        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width),
+                                  "c_proj": nn.Linear(4 * width, width)})
         self.ln_2 = nn.LayerNorm(width)
 
     def forward(self, x, first_only=False):
         x = (x[:, :1] if first_only else x) + self.attn(self.ln_1(x), first_only)
-        return x + self.mlp(self.ln_2(x))
+        hidden = self.mlp["c_fc"](self.ln_2(x))                                  # (B, ·, 4C)
+        # QuickGELU, h·σ(1.702 h); so written, autograd keeps a tensor less
+        hidden = F.silu(1.702 * hidden) / 1.702
+        return x + self.mlp["c_proj"](hidden)                                    # (B, ·, C)
 
 
 class Transformer(nn.Module):
