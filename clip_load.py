@@ -246,18 +246,12 @@ def short_digest(*texts):
 
 
 def pack_clip(clip, tokenizer):
-    """What a checkpoint carries of CLIP; fp16 where that is exact."""
+    """What a checkpoint carries of CLIP, for make_clip and Tokenizer; fp16 where that is exact."""
     state = clip.state_dict()
     for key, value in state.items():
         half = value.half()
         state[key] = (half if torch.equal(half.float(), value) else value).cpu()
     return {"state": state, "merges": tokenizer.merges}
-
-
-def unpack_clip(packed, device="cpu"):
-    """What pack_clip made -> (CLIP, its tokenizer)."""
-    clip = make_clip(packed["state"], device)
-    return clip, Tokenizer(packed["merges"], clip.context_length)
 
 
 # --------------------------------------------------- from images to sound: three changes (Fig. 4)

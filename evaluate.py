@@ -19,7 +19,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from clip_load import digest, lengthen, short_digest, unpack_clip
+from clip_load import Tokenizer, digest, lengthen, make_clip, short_digest
 from data import (AUDIO, VIDEO, FrontEnd, Unreadable, audio_windows, captions_of, dataset_folder,
                   find_files, labels_of, load_image, read_published, read_split, read_text, reading,
                   run, table_of, write_whole)
@@ -101,7 +101,8 @@ class Model:
             self.learner = AudioLearner(encoder, FrontEnd(**checkpoint["front_end"])).to(device)
             self.learner.load_state_dict(checkpoint["learner"])
             self.learner.eval()
-            self.clip, self.tokenizer = unpack_clip(checkpoint["clip"], device)
+            self.clip = make_clip(checkpoint["clip"]["state"], device)
+            self.tokenizer = Tokenizer(checkpoint["clip"]["merges"], self.clip.context_length)
         self.scale = self.learner.log_scale.exp().item()  # 1/temperature
         settings = checkpoint["settings"]
         start = "VA-Rand" if settings.get("init") == "random" else "vip-AnT"
