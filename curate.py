@@ -20,9 +20,9 @@ from pathlib import Path
 
 from clip_load import load_clip, load_tokenizer, short_digest
 from data import (add_labels, captions_of, dataset_folder, read_coco_captions, read_published,
-                  read_split, read_text, run, write_whole)
+                  read_split, read_text, run)
 from evaluate import PROMPT, save
-from model import join_ranks, print0, rank_and_size
+from model import join_ranks, print0
 from pretrain import (CHUNK, TOY, Training, frame_bank, in_chunks, open_chunk, parse, setting,
                       text_bank, training_clips)
 
@@ -200,14 +200,14 @@ def preview(path, clips, found, count):
     """A contact sheet: `count` clips, a frame of each beside its first captions."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(9, 1.8 * count))
-    rows = figure.subplots(count, 2, squeeze=False, width_ratios=(1, 4))
-    for row, (picture, text) in enumerate(rows):
+    for row in range(count):
         i = row * len(clips) // count  # spread over the set
-        text.text(0, 0.5, "\n".join(found(i)["captions"][:6]), va="center", parse_math=False)
+        axes = figure.add_subplot(count, 4, 4 * row + 1)
         if clips[i].frames:
-            picture.imshow(Image.open(clips[i].middle_frame))
-        picture.axis("off")
-        text.axis("off")
+            axes.imshow(Image.open(clips[i].middle_frame))
+        axes.text(1.1, 0.5, "\n".join(found(i)["captions"][:6]), va="center", parse_math=False,
+                  transform=axes.transAxes)
+        axes.axis("off")
     figure.savefig(path)
 
 
@@ -219,7 +219,7 @@ def curate(settings, folder, out, device):
     else:
         clips, found = gold_pairs(source, folder, settings.seed)
 
-    def save(part):
+    def write(part):
         with open(part, "w") as file:
             for i, clip in enumerate(clips):
                 row = {"id": clip.id} | found(i)
@@ -229,14 +229,12 @@ def curate(settings, folder, out, device):
         if not counts:
             raise ValueError("not one clip gets a caption; lower --threshold")
 
-    if rank_and_size()[0] == 0:
-        path = out / f"{source}.jsonl"
-        write_whole(path, save)
-        if settings.preview:
-            preview(path.with_suffix(".png"), clips, found, settings.preview)
-        print(f"{path}: {len(counts)} of {len(clips)} clips with captions, {sum(counts)} pairs "
-              f"(paper: {PAPER_PAIRS[source]})\nnext: python finetune.py --source {source} "
-              f"--data {settings.data or folder.name} --out {out}/at-{source}")
+    save(out / f"{source}.jsonl", write)
+    if settings.preview:
+        save(out / f"{source}.png", lambda part: preview(part, clips, found, settings.preview))
+    print0(f"{len(counts)} of {len(clips)} clips with captions, {sum(counts)} pairs (paper: "
+           f"{PAPER_PAIRS[source]})\nnext: python finetune.py --source {source} "
+           f"--data {settings.data or folder.name} --out {out}/at-{source}")
 
 
 def main():
