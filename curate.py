@@ -10,8 +10,8 @@ ac, vc and fc are mined: CLIP looks at a clip's frames and picks captions from a
 come with AudioCaps: random captions, AudioSet's labels, the gold captions. What is left for
 finetune.py: out/<dataset>/<source>.jsonl, a line a clip, {"id", "captions", "scores"}.
 
-M  frames   P  captions of the pool   D  embedding   k  captions that a frame picks
-b  frames and c captions that are compared at a time
+M  frames, of which b at a time meet   P  captions of the pool   k  captions that a frame picks
+D  embedding
 """
 import json
 import sys
@@ -118,29 +118,24 @@ FOUND = np.dtype([("cosine", np.float32), ("caption", np.int32)])
 
 def nearest(images, pool, k):
     """images (b, D), pool (P, D) -> their k largest cosines, and whose these are, 2 × (b, k)."""
-    best, index = [], []
-    for start in range(0, len(pool), CHUNK):
-        block = pool[start:start + CHUNK].float()                                # (c, D)
-        cosines, place = (images @ block.T).topk(min(k, len(block)))             # 2 × (b, k)
-        best.append(cosines)
-        index.append(start + place)
-    cosines, order = torch.cat(best, 1).topk(min(k, len(pool)))                  # 2 × (b, k)
-    return cosines, torch.cat(index, 1).gather(1, order)
+    return (images @ pool.T).topk(min(k, len(pool)))
 
 
 def mine(frames, captions, k, device):
     """Each frame's k nearest captions -> (M, k) of FOUND, kept in chunk files beside the banks.
 
-    frames: a Bank; captions: a bank's chunk files. Memory holds captions and a block of cosines."""
-    pool = torch.cat([torch.tensor(open_chunk(path)) for path in captions]).to(device)  # (P, D)
+    frames: a Bank; captions: a bank's chunk files. Memory holds them and (b, P) cosines, fp32."""
+    pool = torch.cat([torch.tensor(open_chunk(path)) for path in captions])      # (P, D)
+    pool = pool.to(device).float()
 
     def make(start, end):
-        images = torch.tensor(open_chunk(frames.paths[start // CHUNK])).to(device)     # (b, D)
-        cosines, indices = nearest(images.float(), pool, k)                      # 2 × (b, k)
-        cosines[~images.any(dim=1)] = -torch.inf  # an unreadable frame picks nothing
-        found = np.empty(cosines.shape, FOUND)
-        found["cosine"], found["caption"] = cosines.cpu(), indices.cpu()
-        yield found
+        chunk = torch.tensor(open_chunk(frames.paths[start // CHUNK])).to(device).float()
+        for images in chunk.split(512):                                          # (b, D)
+            cosines, indices = nearest(images, pool, k)                          # 2 × (b, k)
+            cosines[~images.any(dim=1)] = -torch.inf  # an unreadable frame picks nothing
+            found = np.empty(cosines.shape, FOUND)
+            found["cosine"], found["caption"] = cosines.cpu(), indices.cpu()
+            yield found
 
     bank = frames.paths[0].parent
     folder = bank.with_name("mined-" + short_digest(bank.name, captions[0].parent.name, str(k)))

@@ -161,15 +161,15 @@ def bench_tokenizer(count=2000):
 
 # --------------------------------------------------------------------------------------- mining
 def bench_mining(frames, captions, device):
-    images = model.unit(torch.randn(frames, 512)).to(device)
-    texts = model.unit(torch.randn(captions, 512)).to(device)
+    images, texts = (model.unit(torch.randn(n, 512)).to(device) for n in (frames, captions))
 
     def product():
-        for start in range(0, captions, curate.CHUNK):
-            images @ texts[start:start + curate.CHUNK].T
+        for block in images.split(512):
+            block @ texts.T
 
     compare(f"top 10 of {captions:,} captions for {frames:,} frames",
-            lambda: curate.nearest(images, texts, 10), "the product alone", product, rounds=3)
+            lambda: [curate.nearest(block, texts, 10) for block in images.split(512)],
+            "the product alone", product, rounds=3)
 
 
 # ------------------------------------------------------------------------- what only a GPU shows
