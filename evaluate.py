@@ -160,6 +160,18 @@ def prepare(model, name, folder, kinds, need=(), split="test"):
     return clips, about, *(rows[good] for rows in features)
 
 
+class Labels:
+    """A bank of labels: clip i's row is 1 for each of its classes, else 0, (K,)."""
+
+    def __init__(self, clips, classes):
+        self.rows = torch.zeros(len(clips), len(classes), dtype=torch.bool)      # (N, K)
+        for row, clip in zip(self.rows, clips):
+            row[[classes.index(label) for label in clip.labels]] = True
+
+    def draw(self, i, rng):
+        return self.rows[i].float()
+
+
 def retrieval(model, name, folder, by="audio"):
     """Sounds, or by="frames" second frames (OracleAV-CLIP), and captions (Tables 3, 8)."""
     clips, about, features = prepare(model, name, folder, (by,), ("captions",))
@@ -179,9 +191,7 @@ def zero_shot(model, name, folder):
     clips, about, audio = prepare(model, name, folder, ("audio",), ("labels",))
     labels = about["labels"]
     about["published"] &= CLASSES.get(name) == len(labels)
-    target = torch.zeros(len(clips), len(labels), dtype=torch.bool)              # (N, K)
-    for row, clip in zip(target, clips):
-        row[[labels.index(label) for label in clip.labels]] = True
+    target = Labels(clips, labels).rows                                          # (N, K)
     fold = torch.tensor([clip.fold for clip in clips])                           # (N,)
     values, by_class = {}, {}
     for variant, prompt in PROMPTS.items():

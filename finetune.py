@@ -19,7 +19,7 @@ from clip_load import audio_encoder_from_clip, digest, load_clip, pack_clip, sho
 from curate import PAPER_PAIRS, POOL_PROMPTS, folder_of, gold_clips
 from data import (FrontEnd, RememberSounds, captions_of, dataset_folder, labels_of, read_index,
                   read_split, run)
-from evaluate import Model, average_precision, retrieval_metrics, save
+from evaluate import Labels, Model, average_precision, retrieval_metrics, save
 from model import VisionTransformer, join_ranks, print0, unit
 from pretrain import (AudioLearner, AudioSamples, Bank, Training, frame_bank, parse, setting,
                       text_bank, train)
@@ -180,18 +180,6 @@ def finetune_on_captions(settings, device):
 
 
 # -------------------------------------------------------------------- labels: supervised heads
-class Labels:
-    """A bank of labels: clip i's row is 1 for each of its classes, else 0, (K,)."""
-
-    def __init__(self, clips, classes):
-        self.rows = torch.zeros(len(clips), len(classes), dtype=torch.bool)      # (N, K)
-        for row, clip in zip(self.rows, clips):
-            row[[classes.index(label) for label in clip.labels]] = True
-
-    def draw(self, i, rng):
-        return self.rows[i].float()
-
-
 class MixedSamples(AudioSamples):
     """Samples of which a share, `mixup`, are mixtures of two."""
     mixup = 0.0
