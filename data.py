@@ -502,10 +502,10 @@ def spellings(folder):
 
 def inside(folder, name):
     """Path of a file below a folder, however a table spells it."""
-    path = os.path.join(folder, name.replace("\\", "/"))
+    path = os.path.join(folder, name)
     if os.path.exists(path):
         return path
-    parent, base = os.path.split(path)
+    parent, base = os.path.split(os.path.join(folder, name.replace("\\", "/")))
     return os.path.join(parent, spellings(parent).get(spelling(base), base))
 
 
