@@ -167,7 +167,8 @@ def sound_blocks(path):
     """
     with reading(path, "readable audio"):
         if is_whole_wav(path):
-            with soundfile.SoundFile(path) as file:  # ten times as fast as FFmpeg
+            # ten times as fast as FFmpeg, which knows more codecs
+            with suppress(soundfile.SoundFileError), soundfile.SoundFile(os.fsencode(path)) as file:
                 if file.subtype.startswith(("PCM", "FLOAT", "DOUBLE")):
                     for block in file.blocks(2 ** 16, dtype="float32", always_2d=True):
                         yield file.samplerate, block[:, 0]
