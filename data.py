@@ -469,7 +469,7 @@ def read_table(path, make):
             if not any(row.values()):  # as spreadsheets leave them
                 continue
             try:
-                if "surplus" in row or not all(row.values()):
+                if "surplus" in row or not all(field and field.strip() for field in row.values()):
                     raise ValueError("each column needs a field, none empty, commas in quotes")
                 row = {column.strip().lower(): field.strip() for column, field in row.items()}
                 made.append(make(row))
@@ -595,9 +595,9 @@ def clip_of(row, folder, names, need):
     lists = {}
     for key in ("audio", "frames", "labels", "captions", "aclip", "frame"):
         value = row.get(key) or []
-        lists[key] = [value] if isinstance(value, str) else value
-        if not all(isinstance(text, str) for text in lists[key]):
-            raise ValueError(f"{key} must be a list of strings")
+        lists[key] = value if isinstance(value, list) else [value]
+        if not all(isinstance(text, str) and text.strip() for text in lists[key]):
+            raise ValueError(f"{key} must be a list of strings, none empty")
     if "dir" in row:  # the authors' form
         for key, kind in (("audio", "aclip"), ("frames", "frame")):
             lists[key] = [f"{row['dir']}/{kind}/{row['id']}.{ending}" for ending in lists[kind]]
