@@ -457,9 +457,9 @@ def read_table(path, make):
     """
     text, columns, made = read_text(path), None, []
     delimiter = max(",;\t", key=text.partition("\n")[0].count)
-    if text.startswith("#"):  # AudioSet's, with comments for a header
+    if text.startswith(("#", "YTID,")):  # AudioSet's, with comments for a header, or without #
         columns = ("youtube_id", "start_time", "end_time", "positive_labels")
-        text = re.sub("(?m)^#.*", "", text)
+        text = re.sub("(?m)^(#|YTID,).*", "", text)
     elif Path(path).name.startswith("vggsound"):
         columns = ("youtube_id", "start_time", "label", "split")
     rows = csv.DictReader(io.StringIO(text), columns, restkey="surplus", delimiter=delimiter,
@@ -565,7 +565,7 @@ def clip_of_row(row, table, names):
             sound, label, sounds = row["filename"], row["category"], "audio"
         return Clip(sound, inside(table.parent.parent / sounds, sound),
                     labels=(label.replace("_", " "),), fold=int(row["fold"]),
-                    easy=row.get("esc10") == "True")
+                    easy=row.get("esc10", "").lower() == "true")  # spreadsheets write TRUE
     video, start = row["youtube_id"], float(row["start_time"])
     end = float(row.get("end_time", start + 10))
     if not (re.fullmatch(r"[\w-]{11}", video, re.ASCII) and 0 <= start < end):
