@@ -63,6 +63,7 @@ def run(main):
     """Call a script's main; what a user can mend ends in a message instead of a traceback."""
     if "RANK" in os.environ:
         end_with_parent(os.getppid(), worker=None)  # torchrun, however it ends
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text
     try:
         main()
     except (OSError, ValueError, KeyboardInterrupt) as error:
