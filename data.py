@@ -412,7 +412,7 @@ class Clip:
 
 
 AUDIO = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".m4a", ".aac", ".aif", ".aiff", ".aifc",
-         ".wma", ".mka", ".au", ".caf", ".w64", ".amr", ".ac3", ".mp2", ".weba", ".spx")
+         ".wma", ".mka", ".au", ".caf", ".w64", ".amr", ".ac3", ".mp2", ".weba", ".spx", ".wv")
 VIDEO = (".mp4", ".m4v", ".mkv", ".webm", ".mov", ".avi", ".flv", ".f4v", ".3gp", ".3g2", ".ts",
          ".m2ts", ".mts", ".mpg", ".mpeg", ".vob", ".wmv", ".asf", ".ogv", ".qt")
 SPLITS = ("train", "val", "test")
