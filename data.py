@@ -641,8 +641,11 @@ def read_split(name, folder, split="test", need=()):
     clips = [clip for clip in read_published(table) if clip.split in ("", split)]
     if any(clip.audio for clip in clips):  # which their table names
         return clips
-    found = with_files(clips, find_files(table.parent, AUDIO))
-    return [replace(clip, audio=files[0][1]) if files else clip for clip, files in found]
+    for i, (clip, files) in enumerate(with_files(clips, find_files(table.parent, AUDIO + VIDEO))):
+        for begins_there, path in reversed(files):
+            if begins_there or path.lower().endswith(AUDIO):  # whole videos are for `extract`
+                clips[i] = replace(clip, audio=path)
+    return clips
 
 
 def read_coco_captions(folder, split):
