@@ -114,9 +114,9 @@ def find(url, sha256, repository, file):
 
 
 def find_clip(name):
-    """Path of CLIP's weights: one of OpenAI's names is looked for, any other is a path already."""
+    """Path of CLIP's weights: by OpenAI's name, of a file, or in a folder of transformers'."""
     if name not in MODELS:
-        return Path(name)
+        return next(Path(name).glob("*model.[bs]*"), Path(name))
     url = f"{OPENAI}/{MODELS[name]}/{name.replace('/', '-')}.pt"
     hub = name.lower().replace("b/", "base-patch").replace("l/", "large-patch")
     return find(url, MODELS[name], f"openai/clip-{hub}", "pytorch_model.bin")
