@@ -123,7 +123,7 @@ def find_clip(name):
 
 
 # ------------------------------------------------------------------------------ CLIP's weights
-def read_weights(path, pickle_module=None):
+def read_weights(path):
     """What a file of weights holds, whatever its format: tensors in dicts, hopefully."""
     with open(path, "rb") as file:
         if file.read(9).endswith(b"{"):  # eight bytes of length, then JSON: safetensors
@@ -134,9 +134,10 @@ def read_weights(path, pickle_module=None):
                 raise ValueError(f"{damaged} is damaged; make or fetch the file anew")
             if any(name.endswith("/constants.pkl") for name in archive.namelist()):  # TorchScript
                 return torch.jit.load(path, map_location="cpu").state_dict()
-    if pickle_module:  # the authors' settings are objects, which weights_only=True refuses
-        return torch.load(path, "cpu", pickle_module, weights_only=False)
-    return torch.load(path, "cpu", weights_only=True)
+    try:
+        return torch.load(path, "cpu", weights_only=True)
+    except pickle.UnpicklingError:  # objects lie beside the weights, as in the authors' files
+        return torch.load(path, "cpu", TensorsOnly, weights_only=False)
 
 
 NAMES = {  # parts of Hugging Face's, open_clip's, the authors' keys -> OpenAI's, in this order
@@ -304,6 +305,9 @@ class TensorsOnly:
             rebuilds = name in ("_rebuild_tensor_v2", "_rebuild_parameter")
             return getattr(torch._utils, name) if rebuilds else TensorsOnly.Inert
 
+    def load(file, **options):  # of a file from before PyTorch 1.6
+        return TensorsOnly.Unpickler(file, **options).load()
+
 
 def import_vipant(source, out, clip, packed):
     """Make of the authors' checkpoint, a file or an address, one of ours with CLIP inside."""
@@ -312,7 +316,7 @@ def import_vipant(source, out, clip, packed):
         if "://" in source:
             torch.hub.download_url_to_file(source, str(out))
             source = out  # theirs lies there until ours is written
-        parts = read_weights(source, TensorsOnly)["model"]
+        parts = read_weights(source)["model"]
         state = dict(flatten(parts[0 if len(parts) == 2 else 1]))  # (image, audio, text, loss)
         (scale,) = [value for key, value in parts[-1].items() if key.endswith("logit_scale")]
         encoder = audio_encoder_from_clip(clip)

@@ -149,16 +149,16 @@ def first_channel(frame):
 
 def is_whole_wav(path):
     """Whether a WAV's chunks end where the file does: not after a pipe, a kill, a cut download."""
-    size, at = os.path.getsize(path), 12
+    size, at, length = os.path.getsize(path), 12, 1
     with open(path, "rb") as file:
         head = file.read(12)
         if head[:4] != b"RIFF" or head[8:] != b"WAVE":  # AVI is RIFF, too
             return False
-        while at < size:
+        while at < size and length:  # 0: never filled in, what follows may be silence
             file.seek(at + 4)
             length = int.from_bytes(file.read(4), "little")
             at += 8 + length + length % 2
-    return at - size <= 1
+    return 0 <= at - size <= 1
 
 
 def sound_blocks(path):
