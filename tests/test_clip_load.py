@@ -85,7 +85,8 @@ def test_every_layout_gives_the_same_weights(shared, clip, tmp_path, monkeypatch
     runpy.run_path(str(shared / "cases/30_clip_formats.py"))
     expected = clip.state_dict()
     nested = {f"clip.{key}": value for key, value in expected.items()}
-    torch.save({"optimizer": {0: torch.ones(3)}, "model": nested}, "nested.pt")
+    beside = {"optimizer": {0: torch.ones(3)}, "args": Settings()}  # which would run code
+    torch.save(beside | {"model": nested}, "nested.pt", _use_new_zipfile_serialization=False)
     clip.register_buffer("input_resolution", torch.tensor(32))  # as OpenAI's file has
     inputs = {"encode_image": torch.randn(2, 3, 32, 32), "encode_text": torch.ones(2, 12).long()}
     torch.jit.trace_module(clip, inputs, check_trace=False).save("script.pt")
