@@ -34,11 +34,6 @@ PAPER_RESULTS = {"esc50": "95.7 ± 1.4", "us8k": "86.0 ± 2.8", "audioset-balanc
                  "audioset": "44.7", "esc10": "none"}  # Table 7
 
 
-def floats(text):
-    """A flag's "5,9" -> (5.0, 9.0); parse() gives a flag's text to its field's type."""
-    return tuple(float(part) for part in text.split(","))
-
-
 @dataclass(frozen=True)
 class Settings(Training):
     """AT fine-tuning as in the paper (Table 5); PRESETS has the heads'."""
@@ -52,8 +47,8 @@ class Settings(Training):
     batch: int = setting(64, "clips a step over all ranks")
     last_layers: int = setting(-1, "head: blocks that learn; 0: a linear probe; -1: all")
     mixup: float = setting(0.0, "head: share of clips mixed with another")
-    halve_epochs: floats = setting((), "halve the rates after these; none: cosine")
-    halve_steps: floats = setting((), "the same")
+    halve_epochs: tuple = setting((), "halve the rates after these; none: cosine")
+    halve_steps: tuple = setting((), "the same")
 
     def lr_factor(self, step, steps, steps_per_epoch):
         """As in pre-training; or linear warm-up, then half as much after each milestone."""

@@ -99,6 +99,8 @@ def parse(defaults, presets, argv=None, description=None):
         kind = {"type": f.type, "choices": f.metadata["choices"]}
         if f.type is bool:
             kind = {"action": "store_true"}
+        elif f.type is tuple:
+            kind = {"type": float, "nargs": "+"}
         text = f"{f.metadata['help']} ({getattr(defaults, f.name)})".replace("%", "%%")
         parser.add_argument("--" + f.name.replace("_", "-"), help=text, **kind)
     given = vars(parser.parse_args(argv))
