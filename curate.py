@@ -33,6 +33,7 @@ from PIL import Image
 POOL_PROMPTS = {"ac": PROMPT, "vc": "a photo of", "fc": "a photo of"}  # of what is mined (Table 2)
 PAPER_PAIRS = {"ac": 1_080_078, "vc": 1_172_276, "fc": 1_224_621,
                "rc": 44_118, "gl": 120_816, "gc": 44_118}         # Table 2
+CLIPS_OF = {source: "audioset" if source in POOL_PROMPTS else "audiocaps" for source in PAPER_PAIRS}
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,6 @@ class Settings:
     prompts: int = setting(250_000, "generate: each gives about four captions")
     seed: int = setting(0, "of rc's captions and of prompts")
     workers: int = setting(Training.workers, "decoding processes a rank")
-
-
-def folder_of(source, data):
-    """Folder of a source's clips, which `data` may name."""
-    return dataset_folder(data or ("audioset" if source in POOL_PROMPTS else "audiocaps"))
 
 
 # ----------------------------------------------------------------------------------- the pool
@@ -172,15 +168,12 @@ def mined_pairs(settings, folder, out, device):
 
 
 # -------------------------------------------------------------------------------------- pairs
-def gold_clips(folder):
-    """AudioCaps' training clips with gold captions; a folder's gold.jsonl comes first."""
-    split = "gold" if (folder / "gold.jsonl").exists() else "train"
-    return read_split("audiocaps", folder, split, need=("captions",))
-
-
 def gold_pairs(source, folder, seed):
-    """What rc, gl and gc pair gold clips with -> clips, (i) -> what clip i's line holds."""
-    clips = gold_clips(folder)
+    """What rc, gl and gc pair clips with captions with -> clips, (i) -> what clip i's line holds.
+
+    They are AudioCaps' training clips, or a folder's gold.jsonl."""
+    split = "gold" if (folder / "gold.jsonl").exists() else "train"
+    clips = read_split("audiocaps", folder, split, need=("captions",))
     if source == "gl" and not any(clip.labels for clip in clips):
         clips = add_labels(clips, dataset_folder("audioset"))
     captions = [clip.labels if source == "gl" else clip.captions for clip in clips]
@@ -239,7 +232,7 @@ def main():
     settings = parse(Settings(), {"toy": toy}, sys.argv[2 if generates else 1:], __doc__)
     if not settings.source and not generates:
         raise ValueError(f"--source is needed: one of {', '.join(PAPER_PAIRS)}")
-    folder = folder_of(settings.source or "fc", settings.data)
+    folder = dataset_folder(settings.data or CLIPS_OF[settings.source or "fc"])
     out = Path(settings.out or f"out/{folder.name}")
     (generate if generates else curate)(settings, folder, out, join_ranks())
 

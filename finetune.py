@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from clip_load import audio_encoder_from_clip, digest, load_clip, pack_clip, short_digest
-from curate import PAPER_PAIRS, POOL_PROMPTS, folder_of, gold_clips
+from curate import CLIPS_OF, PAPER_PAIRS
 from data import (FrontEnd, RememberSounds, captions_of, dataset_folder, labels_of, read_index,
                   read_split, run)
 from evaluate import Labels, Model, average_precision, retrieval_metrics, save
@@ -102,8 +102,7 @@ def paired_clips(path, settings, folder):
     if not path.exists():
         raise FileNotFoundError(f"{path}: missing; run python curate.py --source {settings.source} "
                                 f"--data {settings.data or folder.name} --out {path.parent}")
-    mined = settings.source in POOL_PROMPTS
-    listed = read_split("audioset", folder, "train") if mined else gold_clips(folder)
+    listed = read_split(CLIPS_OF[settings.source], folder, "train")
     known = {c.id: c for c in listed if c.audio and (c.frames or settings.objective == "at")}
     pairs = read_index(path, need=("captions",))
     clips = [replace(known[c.id], captions=c.captions) for c in pairs if c.id in known]
@@ -147,7 +146,7 @@ def recall_on(folder, model, workers):
 
 def finetune_on_captions(settings, device):
     """AT or VAT fine-tuning; leaves <out>/checkpoint.pt."""
-    folder = folder_of(settings.source, settings.data)
+    folder = dataset_folder(settings.data or CLIPS_OF[settings.source])
     few = f"-{settings.pairs}" if settings.pairs else ""
     out = Path(settings.out or f"out/{folder.name}/{settings.objective}-{settings.source}{few}")
     banks = out.parent / "banks"
