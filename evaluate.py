@@ -408,11 +408,10 @@ def hear(model, places, memory):
         try:
             if not kept.exists():
                 write_whole(kept, partial(np.save, arr=embed_windows(model, path)))
+            rows = torch.tensor(np.load(kept))                                   # (W, 2 + D)
+            heard += [(path, *row[:2].tolist(), row[2:]) for row in rows]
         except Unreadable as error:
             tqdm.write(f"skipped: {error}", sys.stderr)
-            continue
-        rows = torch.tensor(np.load(kept))                                       # (W, 2 + D)
-        heard += [(path, *row[:2].tolist(), row[2:]) for row in rows]
     if not heard:
         raise ValueError(f"none of {len(paths)} recordings in {', '.join(places)} can be heard")
     return heard
