@@ -15,7 +15,7 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from clip_load import audio_encoder_from_clip, digest, load_clip, pack_clip, short_digest
+from clip_load import audio_encoder_from_clip, digest, load_clip, pack_clip
 from curate import CLIPS_OF, PAPER_PAIRS
 from data import (FrontEnd, RememberSounds, captions_of, dataset_folder, labels_of, read_index,
                   read_split, run)
@@ -89,13 +89,6 @@ def start_of(init):
     return Model(init, torch.device("cpu")).learner
 
 
-def about(stage, clips, start, **more):
-    """What a checkpoint says of itself."""
-    names = short_digest(*(short_digest(c.id, *c.captions, *c.labels) for c in clips))
-    made_of = {"clips": f"{len(clips)}, {names}", "start": digest(start.audio_encoder)}
-    return {"stage": stage, "made_of": made_of, **more}
-
-
 # ------------------------------------------------------------------ captions: AT, VAT, few-shot
 def paired_clips(path, settings, folder):
     """A folder's clips with the captions in `path`. Raises FileNotFoundError, ValueError (none)."""
@@ -166,9 +159,10 @@ def finetune_on_captions(settings, device):
     settings = replace(settings, out=str(out), pairs=len(rows), batch=batch)
     print0(f"{len(rows)} pairs of {len(clips)} clips, in batches of {batch}")
     samples = AudioSamples(clips, targets, model.learner.front_end, settings.seed)
-    train(model.learner, samples, settings,
-          about("finetune", clips, model.learner, clip=pack_clip(model.clip, model.tokenizer)),
-          recall_on(folder, model, settings.workers), device)
+    about = {"stage": "finetune", "start": digest(model.learner.audio_encoder),
+             "clip": pack_clip(model.clip, model.tokenizer)}
+    train(model.learner, samples, settings, about, recall_on(folder, model, settings.workers),
+          device)
     task = "toy" if settings.data == "toy" else "all"
     print0(f"next: python evaluate.py --task {task} --checkpoint {out}/checkpoint.pt")
 
@@ -258,8 +252,8 @@ def finetune_on_labels(settings, device):
                 value = target[read, logits.argmax(1)].float().mean()
             return {metric: 100 * value.item()}
 
-        train(learner, samples, replace(settings, out=str(out / name)),
-              about("head", clips, start, labels=classes), validate, device)
+        about = {"stage": "head", "start": digest(start.audio_encoder), "labels": classes}
+        train(learner, samples, replace(settings, out=str(out / name)), about, validate, device)
         results[name] = validate(learner.eval())[metric]  # a finished run trains no step
     values = np.array(list(results.values()))
     spread = values.std(ddof=min(1, len(values) - 1))

@@ -255,6 +255,8 @@ class AudioSamples:
     def __init__(self, clips, banks, front_end, seed):
         # an array, for forked workers copy a list's strings when they count references to them
         self.paths = np.array([os.fsencode(clip.audio) for clip in clips])
+        names = (short_digest(clip.id, *clip.captions, *clip.labels) for clip in clips)
+        self.clips = f"{len(clips)}, {short_digest(*names)}"  # which they are
         self.banks, self.front_end, self.seed = banks, front_end, seed
         if 4 * len(clips) * front_end.samples < 2 ** 28:  # bytes
             self.front_end = self.remember(**vars(front_end))
@@ -320,8 +322,8 @@ def resume(path, learner, optimizer, settings, about):
     if not path.exists():
         return 0
     saved = load_checkpoint(path, [about["stage"]])
-    then = saved["settings"] | saved.get("made_of", {})  # which an imported one lacks
-    now = vars(settings) | about["made_of"]
+    then = saved | saved["settings"]  # an imported one has no "clips" and "start"
+    now = vars(settings) | {"clips": about["clips"], "start": about["start"]}
     free = {f.name for f in fields(settings) if f.metadata["free"]}
     changed = [f"{name} was {then.get(name)!r} and is {value!r}" for name, value in now.items()
                if name not in free and then.get(name) != value]
@@ -362,7 +364,7 @@ def train(learner, samples, settings, about, validate, device):
     """The training loop of every stage, over AudioSamples; leaves checkpoint.pt and log.jsonl.
 
     learner   forward(batch) -> features; loss(*features) -> ()
-    about     what the checkpoint says of itself: "stage", "made_of", and more
+    about     what the checkpoint says of itself: "stage", "start" (a digest), and more
     validate  (learner) -> dict of numbers in %, called on every rank after each epoch"""
     rank, size = rank_and_size()
     count = len(samples)
@@ -382,6 +384,7 @@ def train(learner, samples, settings, about, validate, device):
     learner.front_end = samples.front_end  # a small set's takes filterbanks
     check_input(samples)
     optimizer = make_optimizer(learner, settings)
+    about = about | {"clips": samples.clips}
     start = resume(path, learner, optimizer, settings, about)
     learner.audio_encoder.transformer.recompute = settings.recompute
     if settings.compile == "yes" or settings.compile == "auto" and gpu:
@@ -513,9 +516,7 @@ def pretrain(settings, device):
     front_end = FrontEnd(settings.sample_rate, settings.mels, settings.frames, settings.mean,
                          settings.std)
     samples = AudioSamples(clips, [bank], front_end, settings.seed)
-    made_of = {"clips": f"{len(clips)}, {short_digest(*(c.id for c in clips))}",
-               "CLIP": digest(clip)}
-    about = {"stage": "pretrain", "made_of": made_of, "clip": pack_clip(clip, tokenizer)}
+    about = {"stage": "pretrain", "start": digest(clip), "clip": pack_clip(clip, tokenizer)}
     train(AudioLearner(encoder, front_end), samples, settings, about, validate, device)
 
 
