@@ -95,7 +95,7 @@ class Model:
 
     def __init__(self, path, device):
         checkpoint = load_checkpoint(path, ["pretrain", "finetune"])
-        self.name, self.device = str(path).removesuffix("/checkpoint.pt"), device
+        self.name = str(path).removesuffix("/checkpoint.pt")
         with reading(path, "checkpoint of this version"):
             encoder = VisionTransformer(**checkpoint["encoder"])
             self.learner = AudioLearner(encoder, FrontEnd(**checkpoint["front_end"])).to(device)
@@ -116,7 +116,7 @@ class Model:
             return self.learner.embed([clip.audio for clip in clips], WORKERS)
         return embed_all([clip.middle_frame for clip in clips],
                          partial(load_image, size=self.clip.image_size), self.clip.encode_image,
-                         self.clip.visual.config["output_dim"], self.device, WORKERS)
+                         self.clip.visual, WORKERS)
 
     def embed_texts(self, texts, prompt=""):
         """Unit embeddings of texts, each after the prompt -> (M, D); underscores become spaces."""

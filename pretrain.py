@@ -154,9 +154,10 @@ def embed(items, read, encode, D, workers=0):
         yield features
 
 
-def embed_all(items, read, encode, D, device, workers=0):
+def embed_all(items, read, encode, tower, workers=0):
     """The same in memory, shared by the ranks and the same on each -> (N, D) on the CPU."""
     rank, size = rank_and_size()
+    D, device = tower.config["output_dim"], tower.proj.device
     features = torch.zeros(len(items), D, device=device)
     parts = embed(items[rank::size], read, encode, D, workers)
     features[rank::size] = torch.cat([torch.zeros(0, D), *parts]).to(device)
@@ -243,8 +244,7 @@ class AudioLearner(nn.Module):
 
     def embed(self, paths, workers=0):
         """Unit embeddings of sound files -> (N, D), zeros where one can't be read."""
-        D, device = self.audio_encoder.config["output_dim"], self.audio_encoder.proj.device
-        return embed_all(paths, self.front_end.load, self.encode, D, device, workers)
+        return embed_all(paths, self.front_end.load, self.encode, self.audio_encoder, workers)
 
 
 class AudioSamples:
@@ -467,18 +467,17 @@ def frame_retrieval(folder, banks, clip, workers):
         listed = read_split("audioset", folder, "val")
     except FileNotFoundError as error:
         print0(f"no validation: {error}")
-        return lambda learner: {}
+        listed = []
     clips = [each for each in listed if each.audio and each.frames]
+    if not clips:
+        return lambda learner: {}
     bank = frame_bank(banks, clips, clip, workers)
-    images = [bank.row(bank.of(i)[:2][-1]) for i in range(len(clips))]  # second frames, N × (D,)
+    second = [bank.row(bank.of(i)[:2][-1]) for i in range(len(clips))]           # frames
+    images = torch.stack(second)  # (N, D), zeros where unreadable, as sounds', which finds nothing
 
     def validate(learner):
         audio = learner.embed([each.audio for each in clips], workers)           # (N, D)
-        both = [i for i in range(len(clips)) if audio[i].any() and images[i].any()]
-        if not both:
-            return {}
-        hit, _ = top1_hits(torch.stack([images[i] for i in both]), audio[both],
-                           [clips[i] for i in both])
+        hit, _ = top1_hits(images, audio, clips)
         return {"image->audio precision@1": 100 * hit.mean().item()}
 
     return validate
