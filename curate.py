@@ -169,9 +169,7 @@ def mined_pairs(settings, folder, out, device):
 
 # -------------------------------------------------------------------------------------- pairs
 def gold_pairs(source, folder, seed):
-    """What rc, gl and gc pair clips with captions with -> clips, (i) -> what clip i's line holds.
-
-    They are AudioCaps' training clips, or a folder's gold.jsonl."""
+    """Gold clips, AudioCaps' train or a gold.jsonl -> these, (i) -> what clip i's line holds."""
     split = "gold" if (folder / "gold.jsonl").exists() else "train"
     clips = read_split("audiocaps", folder, split, need=("captions",))
     if source == "gl" and not any(clip.labels for clip in clips):
