@@ -335,14 +335,6 @@ def resume(path, learner, optimizer, settings, about):
 
 
 # ----------------------------------------------------------------------------------- the loop
-def write_log(path, line, **values):
-    """A line on the console, a JSON object in log.jsonl; a resumed run repeats some steps."""
-    if rank_and_size()[0] == 0:
-        with open(path, "a") as file:
-            print(json.dumps(values), file=file)
-        print(line, flush=True)
-
-
 def make_optimizer(learner, settings):
     """LARS or Adam over weights and biases, each with its peak learning rate."""
     # differs from the paper, which does not say: LARS's rates are for 256 clips a step (authors')
@@ -369,7 +361,7 @@ def train(learner, samples, settings, about, validate, device):
     rank, size = rank_and_size()
     count = len(samples)
     gpu = device.type == "cuda"
-    path, log = Path(settings.out) / "checkpoint.pt", Path(settings.out) / "log.jsonl"
+    path = Path(settings.out) / "checkpoint.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
     if settings.batch % size or not 0 < settings.batch <= count:
         raise ValueError(f"--batch {settings.batch}: up to {count}, the number of clips, and such "
@@ -395,8 +387,10 @@ def train(learner, samples, settings, about, validate, device):
         peak_speed = size * matmul_rate(device) / (3 * learner.audio_encoder.flops())
     order = batches(count, settings.batch, settings.seed, start, steps)
     source = loader(samples, settings.workers, batch_sampler=order, pin_memory=gpu)
-    write_log(log, f"{settings.out}: {count} clips, step {start} of {steps}, {size} rank(s) "
-              f"on {device}", command=sys.argv, settings=vars(settings), ranks=size)
+    # written line by line, by rank 0; a resumed run repeats some steps
+    log = open(os.devnull if rank else path.with_name("log.jsonl"), "a", buffering=1)
+    print(json.dumps({"command": sys.argv, "settings": vars(settings), "ranks": size}), file=log)
+    print0(f"{settings.out}: {count} clips, step {start} of {steps}, {size} rank(s) on {device}")
     logged, began, skipped = start, time.perf_counter(), 0
     losses = torch.zeros((), device=device)  # summed on the device: to read it waits for the step
 
@@ -437,7 +431,8 @@ def train(learner, samples, settings, about, validate, device):
         scores = validate(learner.eval()) if epoch_ends else {}
         learner.train()
         line = " | ".join(f"{name} {value:.4g}" for name, value in (numbers | scores).items())
-        write_log(log, f"step {step} | {line}", step=step, **numbers, validation=scores)
+        print(json.dumps({"step": step, **numbers, "validation": scores}), file=log)
+        print0(f"step {step} | {line}")
         # save
         if saves and rank == 0:
             write_whole(path, partial(torch.save, about | {
