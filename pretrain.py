@@ -203,14 +203,10 @@ class Bank:
         """Numbers of clip i's rows."""
         return self.rows[self.starts[i]:self.starts[i + 1]]
 
-    def row(self, row):
-        """One embedding -> (D,) float32."""
-        return torch.tensor(open_chunk(self.paths[row // CHUNK])[row % CHUNK]).float()
-
     def draw(self, i, rng):
         """One of clip i's embeddings at random -> (D,). Raises Unreadable where it has none."""
         for row in rng.permutation(self.of(i)):
-            target = self.row(row)
+            target = torch.tensor(open_chunk(self.paths[row // CHUNK])[row % CHUNK]).float()
             if target.any():
                 return target
         raise Unreadable(f"clip number {i}: not one of its frames can be read")
@@ -467,12 +463,16 @@ def frame_retrieval(folder, banks, clip, workers):
     if not clips:
         return lambda learner: {}
     bank = frame_bank(banks, clips, clip, workers)
-    second = [bank.row(bank.of(i)[:2][-1]) for i in range(len(clips))]           # frames
-    images = torch.stack(second)  # (N, D), zeros where unreadable, as sounds', which finds nothing
+    second = [bank.of(i)[:2][-1] for i in range(len(clips))]                     # N rows
+    frames = np.concatenate([open_chunk(path) for path in bank.paths])           # (M, D)
+    images = torch.tensor(frames[second]).float()                                # (N, D)
 
     def validate(learner):
         audio = learner.embed([each.audio for each in clips], workers)           # (N, D)
-        hit, _ = top1_hits(images, audio, clips)
+        both = audio.any(1) & images.any(1)  # can be read
+        if not both.any():
+            return {}
+        hit, _ = top1_hits(images[both], audio[both], [clips[i] for i in both.nonzero()])
         return {"image->audio precision@1": 100 * hit.mean().item()}
 
     return validate
