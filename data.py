@@ -459,21 +459,19 @@ def read_table(path, make):
         columns = ("youtube_id", "start_time", "label", "split")
     rows = csv.DictReader(io.StringIO(text), columns, restkey="surplus", delimiter=delimiter,
                           skipinitialspace=True)
-    with reading(path, "table"):
+    row = None
+    try:
         for row in rows:
             if not any(row.values()):  # as spreadsheets leave them
                 continue
-            try:
-                if "surplus" in row or not all(field and field.strip() for field in row.values()):
-                    raise ValueError("each column needs a field, none empty, commas in quotes")
-                row = {column.strip().lower(): field.strip() for column, field in row.items()}
-                made.append(make(row))
-            except KeyError as error:
-                raise Unreadable(f"{path}:1: needed is a column {error}; there is {row}") from None
-            except ValueError as error:
-                raise Unreadable(f"{path}:{rows.line_num}: {error}; there is {row}") from None
-        if not made:
-            raise ValueError("no rows in it")
+            if "surplus" in row or not all(field and field.strip() for field in row.values()):
+                raise ValueError("each column needs a field, none empty, commas in quotes")
+            made.append(make({column.strip().lower(): row[column].strip() for column in row}))
+    except Exception as error:
+        text = f"needs a column {error}" if isinstance(error, KeyError) else error
+        raise Unreadable(f"{path}:{rows.line_num}: {text}; there is {row}") from None
+    if not made:
+        raise Unreadable(f"{path}: no rows in it")
     return made
 
 
@@ -519,11 +517,6 @@ def find_files(folder, endings):
 
 
 # AudioSet, AudioCaps and VGGSound come as YouTube's ids; what is on disk is named after them.
-def segment_of(video, start, end, split="", **rest):
-    """A stretch of a video, in s -> Clip, not yet on disk."""
-    return Clip(f"{video}_{round(start, 3):g}", start=start, end=end, split=split, **rest)
-
-
 def with_files(segments, paths):
     """Each segment with its files, likeliest first -> [(segment, [(begins there, path)])].
 
@@ -564,13 +557,14 @@ def clip_of_row(row, table, names):
     end = float(row.get("end_time", start + 10))
     if not (re.fullmatch(r"[\w-]{11}", video, re.ASCII) and 0 <= start < end):
         raise ValueError("needed are the id of a YouTube video and a start before its end")
+    segment = partial(Clip, f"{video}_{round(start, 3):g}", start=start, end=end)
     if "label" in row:  # VGGSound
-        return segment_of(video, start, end, row["split"], labels=(row["label"],))
+        return segment(labels=(row["label"],), split=row["split"])
     if "positive_labels" in row:  # AudioSet
         mids = [mid.strip() for mid in row["positive_labels"].split(",")]
-        return segment_of(video, start, end, labels=tuple(names.get(mid, mid) for mid in mids))
-    return segment_of(video, start, end, captions=(" ".join(row["caption"].split()),),
-                      audiocap_ids=(row.get("audiocap_id"),))
+        return segment(labels=tuple(names.get(mid, mid) for mid in mids))
+    caption = " ".join(row["caption"].split())
+    return segment(captions=(caption,), audiocap_ids=(row.get("audiocap_id"),))
 
 
 def read_published(path):
@@ -776,7 +770,7 @@ def pieces_of(video):
             length = min(ends.values()) - (file.start_time or 0) / av.time_base
     for start in range(0, max(1, int(length / 10 + 0.5)) * 10, 10):
         end = max(start + 5.0, min(start + 10.0, length))
-        pieces.append((segment_of(name, start, end, "train"), files))
+        pieces.append((Clip(f"{name}_{start}", start=start, end=end, split="train"), files))
     return pieces
 
 

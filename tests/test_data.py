@@ -221,7 +221,7 @@ def test_an_index_of_ones_own_the_authors_and_mscocos_captions(tmp_path):
     ("test.csv", HEADER + f'1,{IDS[0]},30," "\n', "test.csv:2: .*empty"),
     ("test.csv", HEADER + "1,#NAME?,30,a dog\n", "test.csv:2: .*'#NAME.'"),
     ("test.csv", HEADER + f"1,{IDS[0]},soon,a dog\n", "test.csv:2: .*soon"),
-    ("test.csv", "id;text\n1;a dog\n", "test.csv:1: needed is a column 'youtube_id'.*'id': '1'"),
+    ("test.csv", "id;text\n1;a dog\n", "test.csv:2: needs a column 'youtube_id'.*'id': '1'"),
     ("test.csv", HEADER.encode("utf-16"), "test.csv: no file of text in UTF-8"),
     ("test.jsonl", '{"id": 1, "audio": "x", "captions": ["a"]}\n[]\n', "jsonl:2: no JSON object"),
     ("test.jsonl", '{"id": 1, "file": "a"}\n', "jsonl:1: .*lacks audio, captions; has file, id"),
