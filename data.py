@@ -1009,15 +1009,12 @@ def write_toy_vocabulary(path):
     texts = ["and"]
     for thing, yes in itertools.product(THINGS, (True, False)):
         texts += vision_captions(thing, yes, yes) + audio_captions(thing, yes)
-    words = [[*word[:-1], word[-1] + "</w>"] for word in set(" ".join(texts).split())]
+    words = [f" {' '.join(word)}</w> " for word in set(" ".join(texts).split())]
     text = "#version: toy\n"
-    while pairs := Counter(itertools.chain.from_iterable(map(itertools.pairwise, words))):
-        left, right = max(sorted(pairs), key=pairs.get)
-        text += f"{left} {right}\n"
-        for units in words:
-            for at in range(len(units) - 1, 0, -1):
-                if units[at - 1:at + 1] == [left, right]:
-                    units[at - 1:at + 1] = [left + right]
+    while pairs := Counter(itertools.chain(*map(itertools.pairwise, map(str.split, words)))):
+        pair = " ".join(max(sorted(pairs), key=pairs.get))
+        text += f"{pair}\n"
+        words = [word.replace(f" {pair} ", f" {pair.replace(' ', '')} ") for word in words]
     path.write_bytes(gzip.compress(text.encode(), mtime=0))
 
 
