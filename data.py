@@ -293,11 +293,6 @@ class FrontEnd:
     std: float = 5.75751113
 
     @property
-    def seconds(self):
-        """How much of a clip the encoder hears."""
-        return self.frames * 0.010
-
-    @property
     def samples(self):
         """Samples that fill all frames; the last window reaches 15 ms past its frame."""
         length, shift = frame_length_and_shift(self.sample_rate)
@@ -311,7 +306,7 @@ class FrontEnd:
     def load(self, path):
         """A sound file -> (samples,) padded, its length. Raises Unreadable."""
         # 0.1 s more: for the last window's 15 ms and the resampling filter
-        return self.pad(load_audio(path, self.sample_rate, self.seconds + 0.1))
+        return self.pad(load_audio(path, self.sample_rate, self.frames / 100 + 0.1))
 
     def __call__(self, waves, lengths):
         """Padded waveforms (B, samples), lengths (B,) -> normalised filterbanks (B, 1, T, F)."""
