@@ -17,7 +17,6 @@ import csv
 import ctypes
 import gzip
 import io
-import itertools
 import json
 import math
 import re
@@ -31,6 +30,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache, partial
+from itertools import chain, dropwhile, pairwise, product
 from pathlib import Path
 
 import av
@@ -641,12 +641,12 @@ def read_coco_captions(folder, split):
 
 def captions_of(clips):
     """All captions of clips, one clip's after another's -> list of str."""
-    return list(itertools.chain.from_iterable(clip.captions for clip in clips))
+    return list(chain.from_iterable(clip.captions for clip in clips))
 
 
 def labels_of(clips, folder):
     """Labels in AudioSet's order where `folder` holds its classes, else the clips' own, sorted."""
-    used = set(itertools.chain.from_iterable(clip.labels for clip in clips))
+    used = set(chain.from_iterable(clip.labels for clip in clips))
     known = list(class_names(folder).values())
     if known and (strange := used - set(known)):
         raise ValueError(f"{folder}/class_labels_indices.csv: lacks {min(strange)!r}, a label")
@@ -690,7 +690,7 @@ def frames_from(path, kind, start, track=0):
             frames = ((frame.time - zero, frame) for frame in decoded(file, streams[track])
                       if frame.time is not None)
             if seek and kind == "video":  # what comes before a key frame is not whole
-                frames = itertools.dropwhile(lambda pair: not pair[1].key_frame, frames)
+                frames = dropwhile(lambda pair: not pair[1].key_frame, frames)
             first = next(frames, None)
             if first and (first[0] <= start or not seek):
                 yield first
@@ -817,7 +817,7 @@ def extract(table, videos, out, sample_rate=FrontEnd.sample_rate, workers=2):
         jobs = with_files(read_published(table), find_files(videos, AUDIO + VIDEO))
     else:
         pieces = in_processes(pieces_of, own_videos(videos), workers)
-        jobs = list(itertools.chain.from_iterable(tqdm(pieces, "lengths", unit=" videos")))
+        jobs = list(chain.from_iterable(tqdm(pieces, "lengths", unit=" videos")))
     default = dict(zip(TABLES["audioset"], SPLITS)).get(f"{stem}.csv", stem)
     reasons = out / f"{stem}_report.csv"
     for split in {segment.split or default for segment, _ in jobs}:
@@ -884,7 +884,7 @@ COLOURS = {  # colour -> its RGB, its pitch, and that pitch in Hz
     "green": ((40, 180, 60), "mellow", 580), "blue": ((50, 80, 230), "high", 1000),
     "purple": ((160, 50, 190), "shrill", 1700), "white": ((240, 240, 240), "piercing", 2900)}
 COUNTS = {"one": "once", "two": "twice", "three": "three times", "four": "four times"}
-THINGS = list(itertools.product(SHAPES, COLOURS, range(1, 5)))  # 144
+THINGS = list(product(SHAPES, COLOURS, range(1, 5)))  # 144
 TOY_RATE, TOY_IMAGE = 16_000, 64  # Hz, pixels
 TOY_SPLITS = {"pairs": 8000, "train": 4000, "val": 144, "test": 576}
 TOY_GOLD = 2000  # training clips that gold.jsonl has a caption for
@@ -1002,11 +1002,11 @@ def toy_captions(kind, rng, count=2000):
 def write_toy_vocabulary(path):
     """A vocabulary in CLIP's format: merges learned from the toy's captions, a token a word."""
     texts = ["and"]
-    for thing, yes in itertools.product(THINGS, (True, False)):
+    for thing, yes in product(THINGS, (True, False)):
         texts += vision_captions(thing, yes, yes) + audio_captions(thing, yes)
     words = [f" {' '.join(word)}</w> " for word in set(" ".join(texts).split())]
     text = "#version: toy\n"
-    while pairs := Counter(itertools.chain(*map(itertools.pairwise, map(str.split, words)))):
+    while pairs := Counter(chain(*map(pairwise, map(str.split, words)))):
         pair = " ".join(max(sorted(pairs), key=pairs.get))
         text += f"{pair}\n"
         words = [word.replace(f" {pair} ", f" {pair.replace(' ', '')} ") for word in words]
@@ -1025,13 +1025,10 @@ def make_toy(folder, seed=0, splits=TOY_SPLITS, workers=2):
     part = folder.with_name(f"{folder.name}.part")
     for name in ("audio", "frames"):
         (part / name).mkdir(parents=True, exist_ok=True)
-    jobs = []
+    make, indexes = partial(make_toy_clip, folder=part, seed=seed), {"gold": []}
     for split, count in splits.items():
-        jobs += [(split, i) for i in range(count)]
-    made = in_processes(partial(make_toy_clip, folder=part, seed=seed), jobs, workers)
-    indexes = {split: [] for split in (*splits, "gold")}
-    for row, (split, _) in zip(tqdm(made, desc="toy world", unit=" clips"), jobs):
-        indexes[split].append(row)
+        made = in_processes(make, [(split, i) for i in range(count)], workers)
+        indexes[split] = list(tqdm(made, f"toy world, {split}", unit=" clips"))
     rng = np.random.default_rng((seed, 1))
     for row in indexes["train"]:
         captions = row.pop("captions")
