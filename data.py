@@ -1051,7 +1051,6 @@ def main():
     flag = parser.add_argument
     flag("command", choices=["toy", "extract", "stats"])
     flag("--out", help="folder to write (toy: data/toy; extract: the table's own)")
-    flag("--seed", type=int, default=0, help="toy: another one, another world (0)")
     flag("--segments", help="extract: AudioSet's, AudioCaps' or VGGSound's table")
     flag("--videos", help="extract: folder of the videos")
     flag("--data", default="audioset", help="stats: a dataset's name or its folder")
@@ -1061,7 +1060,7 @@ def main():
     flag("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes")
     args = parser.parse_args()
     if args.command == "toy":
-        make_toy(args.out or "data/toy", args.seed, workers=args.workers)
+        make_toy(args.out or "data/toy", workers=args.workers)
     elif args.command == "extract":
         if not args.videos or not (args.segments or args.out):
             raise ValueError("extract needs --videos FOLDER, and --segments TABLE or --out FOLDER")
