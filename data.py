@@ -423,7 +423,7 @@ def dataset_folder(place):
     for folder in (Path("data") / place, Path(place)):
         if folder.is_dir():
             return folder
-    raise FileNotFoundError(f"{Path('data', place)}: no such folder, nor {place}. {GET_IT}")
+    raise FileNotFoundError(f"{place}: no such folder, nor data/{place}. {GET_IT}")
 
 
 def table_of(name, folder, split):
