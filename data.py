@@ -420,10 +420,12 @@ GET_IT = "Get it: README.md, 'Datasets'; or try without a download: python pretr
 
 def dataset_folder(place):
     """A folder by its name in data/ or by its path. Raises FileNotFoundError (how to get it)."""
-    for folder in (Path("data") / place, Path(place)):
-        if folder.is_dir():
-            return folder
-    raise FileNotFoundError(f"{place}: no such folder, nor data/{place}. {GET_IT}")
+    folder = Path("data") / place
+    if "/" in place or Path(place).is_dir() and not folder.is_dir():
+        folder = Path(place)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder. {GET_IT}")
+    return folder
 
 
 def table_of(name, folder, split):
