@@ -30,7 +30,8 @@ from safetensors.torch import load_file
 class Tokenizer:
     """CLIP's byte-pair encoding: `Tokenizer(path or merges)(["a dog barks"]) -> (1, 77) int64`.
 
-    Ids: 256 bytes, 256 bytes that end a word, the merges, start-of-text, end-of-text."""
+    Ids: 256 bytes, 256 bytes that end a word, the merges, start-of-text, end-of-text.
+    """
     WORDS = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|"
                           r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 
@@ -114,9 +115,9 @@ def find(url, sha256, repository, file):
 
 
 def find_clip(name):
-    """Path of CLIP's weights: by OpenAI's name, of a file, or in a folder of transformers'."""
+    """Path of CLIP's weights: one of OpenAI's names is looked for, any other is a path already."""
     if name not in MODELS:
-        return next(Path(name).glob("*model.[bs]*"), Path(name))
+        return Path(name)
     url = f"{OPENAI}/{MODELS[name]}/{name.replace('/', '-')}.pt"
     hub = name.lower().replace("b/", "base-patch").replace("l/", "large-patch")
     return find(url, MODELS[name], f"openai/clip-{hub}", "pytorch_model.bin")

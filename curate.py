@@ -33,7 +33,8 @@ from PIL import Image
 POOL_PROMPTS = {"ac": PROMPT, "vc": "a photo of", "fc": "a photo of"}  # of what is mined (Table 2)
 PAPER_PAIRS = {"ac": 1_080_078, "vc": 1_172_276, "fc": 1_224_621,
                "rc": 44_118, "gl": 120_816, "gc": 44_118}         # Table 2
-CLIPS_OF = {source: "audioset" if source in POOL_PROMPTS else "audiocaps" for source in PAPER_PAIRS}
+CLIPS_OF = {"ac": "audioset", "vc": "audioset", "fc": "audioset",
+            "rc": "audiocaps", "gl": "audiocaps", "gc": "audiocaps"}
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ class Settings:
 def caption_pool(source, folder, out):
     """A mined source's captions, each once; <source>.txt in either folder comes first.
 
-    Raises FileNotFoundError (what to get), ValueError (no caption)."""
+    Raises FileNotFoundError (what to get), ValueError (no caption).
+    """
     files = [path for path in (folder / f"{source}.txt", out / f"{source}.txt") if path.exists()]
     if files:
         lines = read_text(files[0]).splitlines()
@@ -120,7 +122,8 @@ def nearest(images, pool, k):
 def mine(frames, captions, k, device):
     """Each frame's k nearest captions -> (M, k) of FOUND, kept in chunk files beside the banks.
 
-    frames: a Bank; captions: a bank's chunk files. Memory holds them and (b, P) cosines, fp32."""
+    frames: a Bank; captions: a bank's chunk files. Memory holds them and (b, P) cosines, fp32.
+    """
     pool = torch.cat([torch.tensor(open_chunk(path)) for path in captions])      # (P, D)
     pool = pool.to(device).float()
 

@@ -164,7 +164,8 @@ def is_whole_wav(path):
 def sound_blocks(path):
     """A sound file's first channel from beginning to end: yields (rate in Hz, (n,) float32).
 
-    libsndfile reads WAVs that know their length, FFmpeg all else, to its end. Raises Unreadable."""
+    libsndfile reads WAVs that know their length, FFmpeg all else, to its end. Raises Unreadable.
+    """
     with reading(path, "readable audio"):
         if is_whole_wav(path):
             # ten times as fast as FFmpeg, which knows more codecs
@@ -203,7 +204,8 @@ def resample(path, wave, rate, new_rate, silent=False):
 def load_audio(path, sample_rate, seconds=None):
     """First channel of a sound file, all or its first `seconds` -> (S,) float32 in [-1, 1].
 
-    Any format, rate and sample width; resampled to `sample_rate` Hz. Raises Unreadable."""
+    Any format, rate and sample width; resampled to `sample_rate` Hz. Raises Unreadable.
+    """
     blocks, length, rate = [np.zeros(0, np.float32)], 0, sample_rate
     for rate, block in sound_blocks(path):
         blocks.append(block)
@@ -218,7 +220,8 @@ def audio_windows(path, sample_rate, seconds):
     """A recording in windows, each half over the one before: yields (start, end, waveform (S,)).
 
     The last one ends where the file ends. What is at most 2 % longer than a window is one. Raises
-    Unreadable, where all is silent at the end."""
+    Unreadable, where all is silent at the end.
+    """
     parts, rate, silent = [np.zeros(0, np.float32)], sample_rate, True
     start, end = 0, 0  # samples: where the next window begins, where `parts` end
     for rate, block in sound_blocks(path):
@@ -264,7 +267,8 @@ def fbank(waves, sample_rate, mels=128):
     """Kaldi's log-mel filterbanks of a batch: waveforms (B, S) -> (B, T, F), on any device.
 
     25 ms Hanning windows every 10 ms, no energy, no dither. The order of operations is Kaldi's: in
-    the quietest bins, 100 dB below the loudest, another one shows."""
+    the quietest bins, 100 dB below the loudest, another one shows.
+    """
     window, fft, mel_bins = window_and_mel_bins(sample_rate, mels, waves.device)
     length, shift = frame_length_and_shift(sample_rate)
     banks = []
@@ -293,6 +297,11 @@ class FrontEnd:
     std: float = 5.75751113
 
     @property
+    def seconds(self):
+        """How much of a clip the encoder hears."""
+        return self.frames * 0.010
+
+    @property
     def samples(self):
         """Samples that fill all frames; the last window reaches 15 ms past its frame."""
         length, shift = frame_length_and_shift(self.sample_rate)
@@ -306,7 +315,7 @@ class FrontEnd:
     def load(self, path):
         """A sound file -> (samples,) padded, its length. Raises Unreadable."""
         # 0.1 s more: for the last window's 15 ms and the resampling filter
-        return self.pad(load_audio(path, self.sample_rate, self.frames / 100 + 0.1))
+        return self.pad(load_audio(path, self.sample_rate, self.seconds + 0.1))
 
     def __call__(self, waves, lengths):
         """Padded waveforms (B, samples), lengths (B,) -> normalised filterbanks (B, 1, T, F)."""
@@ -338,7 +347,8 @@ class Remember(FrontEnd):
 def mask(x, draws):
     """A band of up to 1/5 of the frames and one of up to 1/4 of the mel bins set to 0 (§3.2.2).
 
-    x: (B, 1, T, F) normalised; draws: (B, 4) uniform in [0, 1): width and place of either band."""
+    x: (B, 1, T, F) normalised; draws: (B, 4) uniform in [0, 1): width and place of either band.
+    """
     # differs from the paper, which masks "one-fifth" and "one-forth": up to (authors' code)
     for axis, parts, at in ((2, 5, 0), (3, 4, 2)):
         size = x.shape[axis]
@@ -444,7 +454,8 @@ def read_text(path):
 def read_table(path, make):
     """make({column, lower case: field}) for each row of a publisher's CSV -> list.
 
-    Raises Unreadable: file, line, what is needed and what is there."""
+    Raises Unreadable: file, line, what is needed and what is there.
+    """
     text, columns, made = read_text(path), None, []
     delimiter = max(",;\t", key=text.partition("\n")[0].count)
     if text.startswith(("#", "YTID,")):  # AudioSet's, with comments for a header, or without #
@@ -516,7 +527,8 @@ def with_files(segments, paths):
     """Each segment with its files, likeliest first -> [(segment, [(begins there, path)])].
 
     A file's name is AudioCaps' own number, or holds the video's id (Y{id}, Title [{id}], ...), then
-    perhaps the second or millisecond that it begins at; else it is the whole video."""
+    perhaps the second or millisecond that it begins at; else it is the whole video.
+    """
     named, found = defaultdict(list), defaultdict(list)
     for segment in segments:
         for name in (segment.video, *segment.audiocap_ids):
@@ -612,7 +624,8 @@ def read_index(path, need=()):
 def read_split(name, folder, split="test", need=()):
     """A split of a dataset -> list of Clip: <split>.jsonl where it is there, else as published.
 
-    need: keys of an index's lines, besides id and audio. Raises FileNotFoundError, ValueError."""
+    need: keys of an index's lines, besides id and audio. Raises FileNotFoundError, ValueError.
+    """
     index = Path(folder) / f"{split}.jsonl"
     if index.exists():
         return read_index(index, ("audio", *need))
@@ -772,7 +785,8 @@ def pieces_of(video):
 def cut_clip(job, out, sample_rate):
     """Cut a (segment, its files) out: audio/xx/{id}.wav, frames/xx/{id}_1.jpg … 4.
 
-    Returns a status (done, no pictures, unreadable, missing), the reason, a line of the index."""
+    Returns a status (done, no pictures, unreadable, missing), the reason, a line of the index.
+    """
     segment, files = job
     place = f"{segment.video[:2]}/{segment.id}"  # 4,000 folders share two million clips
     row = {"id": segment.id, "audio": f"audio/{place}.wav",
@@ -808,7 +822,8 @@ def extract(table, videos, out, sample_rate=FrontEnd.sample_rate, workers=2):
     """Cut a table's segments, or without a table pieces of 10 s, out of the videos in a folder.
 
     Leaves <split>.jsonl and <table>_report.csv in `out`; called again it goes on. Raises
-    FileNotFoundError, ValueError (not one clip)."""
+    FileNotFoundError, ValueError (not one clip).
+    """
     if not Path(videos).is_dir():
         raise FileNotFoundError(f"{videos}: no such folder; --videos names the one with the videos")
     out, stem = Path(out), Path(table or "train").stem
@@ -1018,7 +1033,8 @@ def make_toy(folder, seed=0, splits=TOY_SPLITS, workers=2):
 
     pairs.jsonl: image-caption pairs for the toy's CLIP. train.jsonl: clips without captions.
     gold.jsonl: some of those with one, what AudioCaps is to AudioSet. val.jsonl: each of the 144
-    things once, with 5 captions; test.jsonl: four times. ac.txt, vc.txt, fc.txt: captions alone."""
+    things once, with 5 captions; test.jsonl: four times. ac.txt, vc.txt, fc.txt: captions alone.
+    """
     folder = Path(folder)
     if folder.exists():
         raise ValueError(f"{folder} exists; delete it to make it anew")

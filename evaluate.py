@@ -51,7 +51,8 @@ def interval(values):
 def retrieval_metrics(audio, captions, captions_per_clip=5, mean=percent, gallery=None):
     """Both ways' recall at 1, 5, 10 and median rank (from 1), by `mean`: `percent` or `interval`.
 
-    audio (N, D), captions (5N, D), gallery (N,). A sound looks for its best own caption."""
+    audio (N, D), captions (5N, D), gallery (N,). A sound looks for its best own caption.
+    """
     similarity = unit(audio) @ unit(captions).T                                  # (N, 5N)
     if gallery is not None:
         of_caption = gallery.repeat_interleave(captions_per_clip)                # (5N,)
@@ -134,7 +135,8 @@ CLASSES = {"esc50": 50, "us8k": 10, "audioset": 527}  # of the sets that the pap
 def prepare(model, name, folder, kinds, need=(), split="test"):
     """What a task needs of a dataset -> clips, what is to be said of them, embeddings (N, D).
 
-    kinds: "audio", "frames"; need: keys of each clip. Raises FileNotFoundError, ValueError."""
+    kinds: "audio", "frames"; need: keys of each clip. Raises FileNotFoundError, ValueError.
+    """
     listed, table = read_split(name, folder, split, need), table_of(name, folder, split)
     clips = [clip for clip in listed if ("audio" not in kinds or os.path.isfile(clip.audio))
              and ("frames" not in kinds or clip.frames)]
@@ -250,7 +252,7 @@ def measure(model, task, folder):
         front_end = replace(learner.front_end, frames=round(1.8 * learner.front_end.frames))
         longer = copy.copy(model)
         longer.learner = AudioLearner(lengthen(learner.audio_encoder, front_end.frames), front_end)
-        return {f"clotho {each.learner.front_end.frames / 100:g} s": retrieval(each, task, folder)
+        return {f"clotho {each.learner.front_end.seconds:g} s": retrieval(each, task, folder)
                 for each in (model, longer)}
     return {task: TASKS[task](model, DATASETS.get(task, task), folder)}
 
@@ -389,7 +391,7 @@ def curve(paths, out):
 def embed_windows(model, path):
     """A recording's windows -> (W, 2 + D): start and end in s, unit embedding, 0 where silent."""
     front_end, rows = model.learner.front_end, []
-    for start, end, wave in audio_windows(path, front_end.sample_rate, front_end.frames / 100):
+    for start, end, wave in audio_windows(path, front_end.sample_rate, front_end.seconds):
         padded, length = front_end.pad(wave)                                     # (S,)
         feature = unit(model.learner.encode((padded[None], torch.tensor([length]))))[0].cpu()
         rows.append(torch.cat([torch.tensor([start, end]), feature * wave.diff().any()]))

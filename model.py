@@ -103,7 +103,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A stack of blocks, (B, N, C) -> (B, N, C); `causal` for text.
 
-    With `first_only` -> (B, 1, C): the last block leaves out what the first token does not need."""
+    With `first_only` -> (B, 1, C): the last block leaves out what the first token does not need.
+    """
 
     def __init__(self, width, layers, heads, causal=False):
         super().__init__()
@@ -131,7 +132,8 @@ class VisionTransformer(nn.Module):
     """One class for both senses (Fig. 4): images (B, 3, R, R) and audio (B, 1, T, F) -> (B, D).
 
     `stride` below `patch` makes neighbouring patches overlap, as the audio encoder's do: 1000×128
-    frames × mel bins, patch 32, stride 16×24 -> a grid of 61×5, with the class token 306 tokens."""
+    frames × mel bins, patch 32, stride 16×24 -> a grid of 61×5, with the class token 306 tokens.
+    """
 
     def __init__(self, input_size, patch, stride, channels, width, layers, heads, output_dim):
         super().__init__()
@@ -218,7 +220,8 @@ def info_nce(a, b, log_scale):
     """InfoNCE both ways (Eq. 1) with the *global* batch as negatives -> ().
 
     a, b: (B, D) features of this rank's B pairs, of any length; log_scale: () log(1/temperature).
-    Averaged over ranks, as DDP does with gradients, it is one process's loss of the whole batch."""
+    Averaged over ranks, as DDP does with gradients, it is one process's loss of the whole batch.
+    """
     a, b = unit(a), unit(b)                                                      # (B, D)
     scale = log_scale.exp()  # s(a, b) = cos(a, b) / temperature
     pair = torch.arange(len(a), device=a.device) + rank_and_size()[0] * len(a)   # (B,) partners
@@ -242,7 +245,8 @@ def parameter_groups(module, lr_weights, lr_biases, weight_decay):
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling (Table 5), as the authors' code has it.
 
-    With `adapt` the trust ratio is η‖p‖ / ‖g + wd·p‖ (1 where a norm is 0), unlike You et al.'s."""
+    With `adapt` the trust ratio is η‖p‖ / ‖g + wd·p‖ (1 where a norm is 0), unlike You et al.'s.
+    """
 
     def __init__(self, groups, lr=0.0, weight_decay=0.0, momentum=0.9, eta=0.001, adapt=True):
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum,

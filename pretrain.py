@@ -116,7 +116,8 @@ open_chunk = lru_cache(partial(np.load, mmap_mode="r"))  # path -> array, mapped
 def in_chunks(folder, count, make, description):
     """An array of `count` rows in files of CHUNK rows, made by the ranks in turn -> their paths.
 
-    make(start, end) yields these rows in parts (b, ...). What a killed run has made is kept."""
+    make(start, end) yields these rows in parts (b, ...). What a killed run has made is kept.
+    """
     rank, size = rank_and_size()
     paths = [Path(folder) / f"{start:09d}.npy" for start in range(0, count, CHUNK)]
     todo = [i for i in range(rank, len(paths), size) if not paths[i].exists()]
@@ -194,7 +195,8 @@ def frame_bank(folder, clips, clip, workers):
 
 class Bank:
     """Embeddings in chunk files, (M, D) fp16 unit vectors, zeros where one can't be had; clip i has
-    the next counts[i] of `rows`."""
+    the next counts[i] of `rows`.
+    """
 
     def __init__(self, paths, rows, counts):
         self.paths, self.rows, self.starts = paths, rows, np.cumsum([0, *counts])
@@ -245,7 +247,8 @@ class AudioLearner(nn.Module):
 
 class AudioSamples:
     """Clips with banks of targets. samples[epoch, i] is a waveform (of a small set, filterbanks),
-    a row of each bank, and draws for masks; all chance in it follows from seed, epoch and i."""
+    a row of each bank, and draws for masks; all chance in it follows from seed, epoch and i.
+    """
     remember = Remember  # the front end of a small set
 
     def __init__(self, clips, banks, front_end, seed):
@@ -282,7 +285,8 @@ class AudioSamples:
 def batches(count, batch, seed, start, steps):
     """This rank's part of each batch from step `start` to `steps`: lists of (epoch, i).
 
-    An epoch's order follows from seed and epoch; what fills no batch at its end drops out."""
+    An epoch's order follows from seed and epoch; what fills no batch at its end drops out.
+    """
     rank, size = rank_and_size()
     for step in range(start, steps):
         epoch, at = divmod(step, count // batch)
@@ -353,7 +357,8 @@ def train(learner, samples, settings, about, validate, device):
 
     learner   forward(batch) -> features; loss(*features) -> ()
     about     what the checkpoint says of itself: "stage", "start" (a digest), and more
-    validate  (learner) -> dict of numbers in %, called on every rank after each epoch"""
+    validate  (learner) -> dict of numbers in %, called on every rank after each epoch
+    """
     rank, size = rank_and_size()
     count = len(samples)
     gpu = device.type == "cuda"
@@ -444,7 +449,8 @@ def train(learner, samples, settings, about, validate, device):
 def top1_hits(queries, gallery, clips):
     """Top-1 retrieval: queries, gallery (N, D) -> each query's precision, 0 or 1, and recall (N,).
 
-    Relevant is what has the same label *set* (§3.2.2), or without labels the same clip."""
+    Relevant is what has the same label *set* (§3.2.2), or without labels the same clip.
+    """
     sets = ["\n".join(sorted(set(clip.labels))) or clip.id for clip in clips]
     kind = torch.from_numpy(np.unique(sets, return_inverse=True)[1])             # (N,)
     best = torch.cat([(part @ gallery.T).argmax(1) for part in queries.split(1024)])  # (N,)
@@ -481,7 +487,8 @@ def frame_retrieval(folder, banks, clip, workers):
 def training_clips(folder, leave_out):
     """A folder's training clips with sound and frames, without those that AudioCaps tests.
 
-    leave_out: folder of AudioCaps' tables, or none. Raises FileNotFoundError, ValueError."""
+    leave_out: folder of AudioCaps' tables, or none. Raises FileNotFoundError, ValueError.
+    """
     listed = read_split("audioset", folder, "train")
     whole = [clip for clip in listed if clip.audio and clip.frames]
     held_out = set() if leave_out == "none" else held_out_by_audiocaps(leave_out, folder)

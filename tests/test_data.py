@@ -91,7 +91,7 @@ def make_sounds(folder):
         (folder / name).write_bytes(flac[:22] + samples.to_bytes(4, "big") + flac[26:])
     exact = [*sizes, "stereo.wav", "x.aiff", "x.flac", "piped.flac", "lies.flac"]
     codecs = {"x.m4a": "aac", "x.aac": "aac", "x.mp3": "libmp3lame", "mp3.wav": "libmp3lame",
-              "x.avi": "libmp3lame"}
+              "x.avi": "libmp3lame", "g722.wav": "g722"}
     for name, codec in codecs.items():
         encode(folder / name, wave, codec)
     encode(folder / "x.webm", chirp(3, 48_000), "libopus", 48_000)
@@ -192,7 +192,7 @@ def test_each_dataset_is_read_as_published(tmp_path, name):
     "{id}_30-40", "{id}_30,000", "A dog barks [{id}]", "A dog-{id}", "103549", "{id}.f140",
     "{id} 30 40", "Y{id}_30.000_40.000", "{id}.30.40"])
 def test_audiocaps_clips_are_found_under_downloaders_names(tmp_path, name):
-    sound = tmp_path / "audio" / f"{name.format(id=IDS[1])}.M4A"
+    sound = tmp_path / "audio" / (name.format(id=IDS[1]) + (".MP4" if "_30_" in name else ".M4A"))
     write(sound)
     write(tmp_path / "audio" / f"{IDS[1]}_50_60.wav")  # of another clip
     rows = [f'103549,{IDS[1]},30,"a dog, {i}"\r\n' for i in range(5)]
@@ -224,7 +224,7 @@ def test_an_index_of_ones_own_the_authors_and_mscocos_captions(tmp_path):
     ("test.csv", "id;text\n1;a dog\n", "test.csv:2: needs a column 'youtube_id'.*'id': '1'"),
     ("test.csv", HEADER.encode("utf-16"), "test.csv: no file of text in UTF-8"),
     ("test.jsonl", '{"id": 1, "audio": "x", "captions": ["a"]}\n[]\n', "jsonl:2: no JSON object"),
-    ("test.jsonl", '{"id": 1, "file": "a"}\n', "jsonl:1: .*lacks audio, captions; has file, id"),
+    ("test.jsonl", '{"id": 1, "caption": "a"}\n', "jsonl:1: .*lacks audio, captions; has caption,"),
     ("test.jsonl", '{"id": 1, "captions": [" "]}\n', "jsonl:1: .*captions must be a list"),
     ("test.jsonl", 2 * '{"id": 1, "audio": "x", "captions": "a"}\n', "jsonl:2: .*second clip"),
     ("test.jsonl", "[" * 9000, "test.jsonl:1: "),
