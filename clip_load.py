@@ -13,10 +13,9 @@ import html
 import json
 import pickle
 import zipfile
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
-from data import FrontEnd, reading, run, write_whole
+from data import FrontEnd, Parser, reading, run, write_whole
 from model import CLIP, VisionTransformer, print0
 
 import ftfy
@@ -28,10 +27,7 @@ from safetensors.torch import load_file
 
 # ---------------------------------------------------------------------------------- tokenizer
 class Tokenizer:
-    """CLIP's byte-pair encoding: `Tokenizer(path or merges)(["a dog barks"]) -> (1, 77) int64`.
-
-    Ids: 256 bytes, 256 bytes that end a word, the merges, start-of-text, end-of-text.
-    """
+    """CLIP's byte-pair encoding: `Tokenizer(path or merges)(["a dog barks"]) -> (1, 77) int64`."""
     WORDS = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|"
                           r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 
@@ -50,6 +46,7 @@ class Tokenizer:
         others = [byte for byte in range(256) if byte not in printing]
         units = [chr(code) for code in [*printing, *range(256, 256 + len(others))]]
         self.symbol = dict(zip(printing + others, units))
+        # ids: 256 bytes, 256 bytes that end a word, the merges, start-of-text, end-of-text
         units += [unit + "</w>" for unit in units]
         units += ["".join(merge.split()) for merge in self.merges]
         self.ids = {unit: i for i, unit in enumerate(units)}
@@ -112,15 +109,6 @@ def find(url, sha256, repository, file):
             tried += f"\n  {place}: {error!s:.200}"
     raise FileNotFoundError(f"{path.name} can't be had:{tried}\n"
                             f"Put it at {path}, or name another with --clip or --vocab")
-
-
-def find_clip(name):
-    """Path of CLIP's weights: one of OpenAI's names is looked for, any other is a path already."""
-    if name not in MODELS:
-        return Path(name)
-    url = f"{OPENAI}/{MODELS[name]}/{name.replace('/', '-')}.pt"
-    hub = name.lower().replace("b/", "base-patch").replace("l/", "large-patch")
-    return find(url, MODELS[name], f"openai/clip-{hub}", "pytorch_model.bin")
 
 
 # ------------------------------------------------------------------------------ CLIP's weights
@@ -216,9 +204,12 @@ def make_clip(state, device="cpu"):
 
 def load_clip(path, device="cpu"):
     """OpenAI's name or a file of any layout -> CLIP as make_clip's; says what it is taken for."""
-    path = find_clip(path)
+    if path in MODELS:
+        url = f"{OPENAI}/{MODELS[path]}/{path.replace('/', '-')}.pt"
+        hub = path.lower().replace("b/", "base-patch").replace("l/", "large-patch")
+        path = find(url, MODELS[path], f"openai/clip-{hub}", "pytorch_model.bin")
     with reading(path, f"CLIP with a ViT, nor one of {', '.join(MODELS)}"):
-        check_config(path)
+        check_config(Path(path))
         clip = make_clip(openai_state(read_weights(path)), device)
     print0(f"{path}: taken for a CLIP with QuickGELU, heads of 64 and a ViT {clip.visual.config}")
     return clip
@@ -285,7 +276,7 @@ def audio_encoder_from_clip(clip, frames=FrontEnd.frames, mels=FrontEnd.mels, st
 
 def lengthen(encoder, frames):
     """An audio encoder for another number of frames: its positions resized again (App. D)."""
-    config = encoder.config | {"input_size": (frames, encoder.input_size[1])}
+    config = encoder.config | {"input_size": (frames, encoder.config["input_size"][1])}
     return inherit(VisionTransformer(**config), encoder.state_dict(), encoder.grid)
 
 
@@ -305,9 +296,6 @@ class TensorsOnly:
         def find_class(self, module, name):  # but for storages, which torch.load finds by itself
             rebuilds = name in ("_rebuild_tensor_v2", "_rebuild_parameter")
             return getattr(torch._utils, name) if rebuilds else TensorsOnly.Inert
-
-    def load(file, **options):  # of a file from before PyTorch 1.6
-        return TensorsOnly.Unpickler(file, **options).load()
 
 
 def import_vipant(source, out, clip, packed):
@@ -333,7 +321,7 @@ def import_vipant(source, out, clip, packed):
 
 
 def main():
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("what", nargs="*")
     parser.add_argument("--clip", default="ViT-B/32", help="that the authors' encoder learned from")
     parser.add_argument("--vocab", help="path of CLIP's vocabulary")

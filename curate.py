@@ -10,18 +10,17 @@ ac, vc and fc are mined: CLIP looks at a clip's frames and picks captions from a
 come with AudioCaps: random captions, AudioSet's labels, the gold captions. What is left for
 finetune.py: out/<dataset>/<source>.jsonl, a line a clip, {"id", "captions", "scores"}.
 
-M  frames, of which b at a time meet   P  captions of the pool   k  captions that a frame picks
-D  embedding
+M  frames, b of them at a time   P  captions of the pool   k  that a frame picks   D  embedding
 """
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from clip_load import load_clip, load_tokenizer, short_digest
-from data import (add_labels, captions_of, dataset_folder, read_coco_captions, read_published,
-                  read_split, read_text, run)
-from evaluate import PROMPT, save
+from data import (GET_IT, captions_of, dataset_folder, find_files, read_published, read_split,
+                  read_text, reading, run)
+from evaluate import PAPER, PROMPT, save
 from model import join_ranks, print0
 from pretrain import (CHUNK, TOY, Training, frame_bank, in_chunks, open_chunk, parse, setting,
                       text_bank, training_clips)
@@ -31,8 +30,6 @@ import torch
 from PIL import Image
 
 POOL_PROMPTS = {"ac": PROMPT, "vc": "a photo of", "fc": "a photo of"}  # of what is mined (Table 2)
-PAPER_PAIRS = {"ac": 1_080_078, "vc": 1_172_276, "fc": 1_224_621,
-               "rc": 44_118, "gl": 120_816, "gc": 44_118}         # Table 2
 CLIPS_OF = {"ac": "audioset", "vc": "audioset", "fc": "audioset",
             "rc": "audiocaps", "gl": "audiocaps", "gc": "audiocaps"}
 
@@ -40,7 +37,7 @@ CLIPS_OF = {"ac": "audioset", "vc": "audioset", "fc": "audioset",
 @dataclass(frozen=True)
 class Settings:
     """Curation, and what the paper mines; the command line is derived from this."""
-    source: str = setting("", "where captions come from", list(PAPER_PAIRS))
+    source: str = setting("", "where captions come from", list(CLIPS_OF))
     data: str = setting("", "folder of the clips; empty: audioset, or audiocaps for rc, gl, gc")
     out: str = setting("", "folder of the pairs; empty: out/<dataset>")
     clip: str = setting("ViT-B/32", "as in pretrain.py")
@@ -58,10 +55,7 @@ class Settings:
 
 # ----------------------------------------------------------------------------------- the pool
 def caption_pool(source, folder, out):
-    """A mined source's captions, each once; <source>.txt in either folder comes first.
-
-    Raises FileNotFoundError (what to get), ValueError (no caption).
-    """
+    """A mined source's captions, each once; <source>.txt in either folder comes first."""
     files = [path for path in (folder / f"{source}.txt", out / f"{source}.txt") if path.exists()]
     if files:
         lines = read_text(files[0]).splitlines()
@@ -69,13 +63,16 @@ def caption_pool(source, folder, out):
         clips = read_published(dataset_folder("audiocaps") / "train.csv")
         lines = captions_of(clips + read_split("clotho", dataset_folder("clotho"), "train"))
     elif source == "vc":
-        coco = dataset_folder("mscoco")
-        lines = read_coco_captions(coco, "train") + read_coco_captions(coco, "val")
+        coco, lines = dataset_folder("mscoco"), []
+        for path in find_files(coco, ("captions_train2014.json", "captions_val2014.json")):
+            with reading(path, "captions as MSCOCO's"):
+                rows = json.loads(read_text(path))["annotations"]
+                lines += [" ".join(row["caption"].split()) for row in rows]
     else:
         raise FileNotFoundError(f"{out}/fc.txt: missing; python curate.py generate writes it")
     pool = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not pool:
-        raise ValueError(f"no caption in the pool of {source}")
+        raise ValueError(f"no caption in the pool of {source}. {GET_IT}")
     return pool
 
 
@@ -120,10 +117,7 @@ def nearest(images, pool, k):
 
 
 def mine(frames, captions, k, device):
-    """Each frame's k nearest captions -> (M, k) of FOUND, kept in chunk files beside the banks.
-
-    frames: a Bank; captions: a bank's chunk files. Memory holds them and (b, P) cosines, fp32.
-    """
+    """A Bank's k nearest in a bank's files -> (M, k) of FOUND; kept in chunk files beside it."""
     pool = torch.cat([torch.tensor(open_chunk(path)) for path in captions])      # (P, D)
     pool = pool.to(device).float()
 
@@ -171,6 +165,15 @@ def mined_pairs(settings, folder, out, device):
 
 
 # -------------------------------------------------------------------------------------- pairs
+def add_labels(clips, folder):
+    """AudioCaps' clips with the labels that AudioSet, whose tables are in `folder`, gives them."""
+    labels = {}
+    for table in Path(folder).glob("*_segments.csv"):
+        for segment in read_published(table):
+            labels[segment.video] = segment.labels
+    return [replace(clip, labels=labels.get(clip.id[:11], clip.labels)) for clip in clips]
+
+
 def gold_pairs(source, folder, seed):
     """Gold clips, AudioCaps' train or a gold.jsonl -> these, (i) -> what clip i's line holds."""
     split = "gold" if (folder / "gold.jsonl").exists() else "train"
@@ -222,7 +225,7 @@ def curate(settings, folder, out, device):
     if settings.preview:
         save(out / f"{source}.png", lambda part: preview(part, clips, found, settings.preview))
     print0(f"{len(counts)} of {len(clips)} clips with captions, {sum(counts)} pairs (paper: "
-           f"{PAPER_PAIRS[source]})\nnext: python finetune.py --source {source} "
+           f"{PAPER['pairs'][source]})\nnext: python finetune.py --source {source} "
            f"--data {settings.data or folder.name} --out {out}/at-{source}")
 
 
@@ -232,7 +235,7 @@ def main():
     generates = sys.argv[1:2] == ["generate"]
     settings = parse(Settings(), {"toy": toy}, sys.argv[2 if generates else 1:], __doc__)
     if not settings.source and not generates:
-        raise ValueError(f"--source is needed: one of {', '.join(PAPER_PAIRS)}")
+        raise ValueError(f"--source is needed: one of {', '.join(CLIPS_OF)}")
     folder = dataset_folder(settings.data or CLIPS_OF[settings.source or "fc"])
     out = Path(settings.out or f"out/{folder.name}")
     (generate if generates else curate)(settings, folder, out, join_ranks())

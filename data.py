@@ -42,7 +42,12 @@ from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-# ----------------------------------------------------------------------- errors and processes
+# ------------------------------------------------------------- commands, errors and processes
+# an unknown flag fails; --help shows a script's first lines as they stand
+Parser = partial(argparse.ArgumentParser, allow_abbrev=False,
+                 formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
 class Unreadable(ValueError):
     """One file that can't be used; the message names it. Training skips and counts it."""
 
@@ -114,6 +119,7 @@ def in_processes(function, items, workers):
 
 
 # -------------------------------------------------------------------------------------- sound
+# What can't be heard raises Unreadable.
 @contextmanager
 def opened(path, kind):
     """A file and its streams of a kind, "audio" or "video"; an attached cover is no video."""
@@ -162,13 +168,10 @@ def is_whole_wav(path):
 
 
 def sound_blocks(path):
-    """A sound file's first channel from beginning to end: yields (rate in Hz, (n,) float32).
-
-    libsndfile reads WAVs that know their length, FFmpeg all else, to its end. Raises Unreadable.
-    """
+    """First channel of a sound file, to its end: yields (rate in Hz, (n,) float32 in [-1, 1])."""
     with reading(path, "readable audio"):
         if is_whole_wav(path):
-            # ten times as fast as FFmpeg, which knows more codecs
+            # libsndfile is ten times as fast as FFmpeg, which knows more codecs
             with suppress(soundfile.SoundFileError), soundfile.SoundFile(os.fsencode(path)) as file:
                 if file.subtype.startswith(("PCM", "FLOAT", "DOUBLE")):
                     for block in file.blocks(2 ** 16, dtype="float32", always_2d=True):
@@ -185,7 +188,7 @@ def sound_blocks(path):
 
 
 def resample(path, wave, rate, new_rate, silent=False):
-    """A file's sound (S,) at another rate, Hz. Raises Unreadable: under 25 ms, `silent`, NaN."""
+    """A file's sound (S,) at another rate, Hz; not of under 25 ms, `silent`, or NaN."""
     if len(wave) < 0.025 * rate:
         raise Unreadable(f"{path}: {1000 * len(wave) / rate:.0f} ms of sound; needed are 25")
     if silent:
@@ -202,10 +205,7 @@ def resample(path, wave, rate, new_rate, silent=False):
 
 
 def load_audio(path, sample_rate, seconds=None):
-    """First channel of a sound file, all or its first `seconds` -> (S,) float32 in [-1, 1].
-
-    Any format, rate and sample width; resampled to `sample_rate` Hz. Raises Unreadable.
-    """
+    """First channel of a sound file, all or its first `seconds` -> (S,) float32 in [-1, 1]."""
     blocks, length, rate = [np.zeros(0, np.float32)], 0, sample_rate
     for rate, block in sound_blocks(path):
         blocks.append(block)
@@ -214,29 +214,6 @@ def load_audio(path, sample_rate, seconds=None):
             break
     wave = np.concatenate(blocks)[:math.ceil(seconds * rate) if seconds else None]   # (S,)
     return resample(path, wave, rate, sample_rate, silent=not np.diff(wave).any())
-
-
-def audio_windows(path, sample_rate, seconds):
-    """A recording in windows, each half over the one before: yields (start, end, waveform (S,)).
-
-    The last one ends where the file ends. What is at most 2 % longer than a window is one. Raises
-    Unreadable, where all is silent at the end.
-    """
-    parts, rate, silent = [np.zeros(0, np.float32)], sample_rate, True
-    start, end = 0, 0  # samples: where the next window begins, where `parts` end
-    for rate, block in sound_blocks(path):
-        parts.append(block)
-        end += len(block)
-        silent = silent and not np.diff(block).any()
-        size = round(seconds * rate)
-        while end > start + 1.02 * size:
-            wave = np.concatenate(parts)[start - end:]
-            window = resample(path, wave[:size], rate, sample_rate)
-            yield start / rate, (start + size) / rate, window
-            parts = [wave]  # all of it: the last window may begin before the next one
-            start += size - size // 2
-    wave = np.concatenate(parts)[-size if start else 0:]
-    yield (end - len(wave)) / rate, end / rate, resample(path, wave, rate, sample_rate, silent)
 
 
 # -------------------------------------------------------------------------------- filterbanks
@@ -264,14 +241,11 @@ def window_and_mel_bins(sample_rate, mels, device):
 
 
 def fbank(waves, sample_rate, mels=128):
-    """Kaldi's log-mel filterbanks of a batch: waveforms (B, S) -> (B, T, F), on any device.
-
-    25 ms Hanning windows every 10 ms, no energy, no dither. The order of operations is Kaldi's: in
-    the quietest bins, 100 dB below the loudest, another one shows.
-    """
+    """Kaldi's log-mel filterbanks: 25 ms Hanning windows every 10 ms, (B, S) -> (B, T, F)."""
     window, fft, mel_bins = window_and_mel_bins(sample_rate, mels, waves.device)
     length, shift = frame_length_and_shift(sample_rate)
     banks = []
+    # the order of operations is Kaldi's: in the quietest bins another one shows.
     # a CPU's temporaries stay in its cache for some 5 s of sound; a GPU takes many clips at once
     together = 2 ** 18 if waves.device.type == "cpu" else 2 ** 25
     for x in waves.split(max(1, together // waves.shape[1])):
@@ -345,10 +319,8 @@ class Remember(FrontEnd):
 
 
 def mask(x, draws):
-    """A band of up to 1/5 of the frames and one of up to 1/4 of the mel bins set to 0 (§3.2.2).
-
-    x: (B, 1, T, F) normalised; draws: (B, 4) uniform in [0, 1): width and place of either band.
-    """
+    """(B, 1, T, F) with a band of up to 1/5 of the frames and 1/4 of the mel bins 0 (§3.2.2)."""
+    # draws: (B, 4) uniform in [0, 1), width and place of either band
     # differs from the paper, which masks "one-fifth" and "one-forth": up to (authors' code)
     for axis, parts, at in ((2, 5, 0), (3, 4, 2)):
         size = x.shape[axis]
@@ -452,10 +424,7 @@ def read_text(path):
 
 
 def read_table(path, make):
-    """make({column, lower case: field}) for each row of a publisher's CSV -> list.
-
-    Raises Unreadable: file, line, what is needed and what is there.
-    """
+    """make({column, lower case: field}) of each row of a CSV -> list. Raises Unreadable."""
     text, columns, made = read_text(path), None, []
     delimiter = max(",;\t", key=text.partition("\n")[0].count)
     if text.startswith(("#", "YTID,")):  # AudioSet's, with comments for a header, or without #
@@ -522,13 +491,10 @@ def find_files(folder, endings):
     return sorted(found, key=lambda path: (path.lower().endswith(VIDEO), path))
 
 
-# AudioSet, AudioCaps and VGGSound come as YouTube's ids; what is on disk is named after them.
+# AudioSet, AudioCaps and VGGSound come as YouTube's ids. A file's name is AudioCaps' own number, or
+# holds the id (Y{id}, Title [{id}], …), then perhaps the second or millisecond that it begins at.
 def with_files(segments, paths):
-    """Each segment with its files, likeliest first -> [(segment, [(begins there, path)])].
-
-    A file's name is AudioCaps' own number, or holds the video's id (Y{id}, Title [{id}], ...), then
-    perhaps the second or millisecond that it begins at; else it is the whole video.
-    """
+    """Each segment with its files, likeliest first -> [(segment, [(begins there, path)])]."""
     named, found = defaultdict(list), defaultdict(list)
     for segment in segments:
         for name in (segment.video, *segment.audiocap_ids):
@@ -622,10 +588,7 @@ def read_index(path, need=()):
 
 
 def read_split(name, folder, split="test", need=()):
-    """A split of a dataset -> list of Clip: <split>.jsonl where it is there, else as published.
-
-    need: keys of an index's lines, besides id and audio. Raises FileNotFoundError, ValueError.
-    """
+    """A split -> list of Clip: <split>.jsonl, or as published. FileNotFoundError, ValueError."""
     index = Path(folder) / f"{split}.jsonl"
     if index.exists():
         return read_index(index, ("audio", *need))
@@ -642,49 +605,9 @@ def read_split(name, folder, split="test", need=()):
     return clips
 
 
-def read_coco_captions(folder, split):
-    """MSCOCO 2014's captions of a split (train, val) -> list of str."""
-    name = f"captions_{split}2014.json"
-    for path in find_files(folder, (name,)):
-        with reading(path, "captions as MSCOCO's"):
-            rows = json.loads(read_text(path))["annotations"]
-            return [" ".join(row["caption"].split()) for row in rows]
-    raise FileNotFoundError(f"{folder}: no {name} in it. {GET_IT}")
-
-
 def captions_of(clips):
     """All captions of clips, one clip's after another's -> list of str."""
     return list(chain.from_iterable(clip.captions for clip in clips))
-
-
-def labels_of(clips, folder):
-    """Labels in AudioSet's order where `folder` holds its classes, else the clips' own, sorted."""
-    used = set(chain.from_iterable(clip.labels for clip in clips))
-    known = list(class_names(folder).values())
-    if known and (strange := used - set(known)):
-        raise ValueError(f"{folder}/class_labels_indices.csv: lacks {min(strange)!r}, a label")
-    return known or sorted(used)
-
-
-def add_labels(clips, folder):
-    """AudioCaps' clips with the labels that AudioSet, whose tables are in `folder`, gives them."""
-    labels = {}
-    for table in Path(folder).glob("*_segments.csv"):
-        for segment in read_published(table):
-            labels[segment.video] = segment.labels
-    return [replace(clip, labels=labels.get(clip.id[:11], clip.labels)) for clip in clips]
-
-
-def held_out_by_audiocaps(tables, folder):
-    """Videos that AudioCaps tests, which must not train -> set. Raises FileNotFoundError."""
-    val, test = Path(tables) / "val.csv", Path(tables) / "test.csv"
-    if val.exists() and test.exists():
-        return {segment.video for segment in read_published(val) + read_published(test)}
-    youtubes = (*TABLES["audioset"], *TABLES["vggsound"])  # a user's own hold no clip of it
-    if any((Path(folder) / table).exists() for table in youtubes):
-        raise FileNotFoundError(f"{tables}: no val.csv and test.csv of AudioCaps, whose clips are "
-                                f"to be left out of training; or --leave-out none. {GET_IT}")
-    return set()
 
 
 # ----------------------------------------------------------------------------- videos to clips
@@ -783,10 +706,7 @@ def pieces_of(video):
 
 
 def cut_clip(job, out, sample_rate):
-    """Cut a (segment, its files) out: audio/xx/{id}.wav, frames/xx/{id}_1.jpg … 4.
-
-    Returns a status (done, no pictures, unreadable, missing), the reason, a line of the index.
-    """
+    """Cut a (segment, its files) out, sound and pictures -> status, reason, line of the index."""
     segment, files = job
     place = f"{segment.video[:2]}/{segment.id}"  # 4,000 folders share two million clips
     row = {"id": segment.id, "audio": f"audio/{place}.wav",
@@ -819,11 +739,7 @@ def cut_clip(job, out, sample_rate):
 
 
 def extract(table, videos, out, sample_rate=FrontEnd.sample_rate, workers=2):
-    """Cut a table's segments, or without a table pieces of 10 s, out of the videos in a folder.
-
-    Leaves <split>.jsonl and <table>_report.csv in `out`; called again it goes on. Raises
-    FileNotFoundError, ValueError (not one clip).
-    """
+    """Cut a table's segments, or else pieces of 10 s, out of a folder's videos into `out`."""
     if not Path(videos).is_dir():
         raise FileNotFoundError(f"{videos}: no such folder; --videos names the one with the videos")
     out, stem = Path(out), Path(table or "train").stem
@@ -853,7 +769,6 @@ def extract(table, videos, out, sample_rate=FrontEnd.sample_rate, workers=2):
     indexes = {}
     for segment, row in rows:
         split = "val" if segment.video in val else segment.split or default
-        row = {key: value for key, value in row.items() if value}
         indexes.setdefault(split, []).append(json.dumps(row) + "\n")
     with open(reasons, "w", newline="", errors="backslashreplace") as file:
         csv.writer(file).writerows(report)
@@ -1062,8 +977,7 @@ def make_toy(folder, seed=0, splits=TOY_SPLITS, workers=2):
 
 # ------------------------------------------------------------------------------- the commands
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     flag = parser.add_argument
     flag("command", choices=["toy", "extract", "stats"])
     flag("--out", help="folder to write (toy: data/toy; extract: the table's own)")

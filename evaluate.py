@@ -10,19 +10,19 @@
 
 N clips, M captions, K classes, W windows, D embedding; a2t audio to text, i2a image to audio
 """
-import argparse
 import copy
 import json
 import os
 import sys
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from clip_load import Tokenizer, digest, lengthen, make_clip, short_digest
-from data import (AUDIO, VIDEO, FrontEnd, Unreadable, audio_windows, captions_of, dataset_folder,
-                  find_files, labels_of, load_image, read_published, read_split, read_text, reading,
-                  run, table_of, write_whole)
+from data import (AUDIO, VIDEO, FrontEnd, Parser, Unreadable, captions_of, class_names,
+                  dataset_folder, find_files, load_image, read_published, read_split, read_text,
+                  reading, resample, run, sound_blocks, table_of, write_whole)
 from model import VisionTransformer, join_ranks, print0, rank_and_size, unit
 from pretrain import AudioLearner, Training, embed_all, load_checkpoint, top1_hits
 
@@ -133,10 +133,7 @@ CLASSES = {"esc50": 50, "us8k": 10, "audioset": 527}  # of the sets that the pap
 
 
 def prepare(model, name, folder, kinds, need=(), split="test"):
-    """What a task needs of a dataset -> clips, what is to be said of them, embeddings (N, D).
-
-    kinds: "audio", "frames"; need: keys of each clip. Raises FileNotFoundError, ValueError.
-    """
+    """What a task needs -> clips, what is to be said of them, embeddings (N, D) of each kind."""
     listed, table = read_split(name, folder, split, need), table_of(name, folder, split)
     clips = [clip for clip in listed if ("audio" not in kinds or os.path.isfile(clip.audio))
              and ("frames" not in kinds or clip.frames)]
@@ -160,6 +157,12 @@ def prepare(model, name, folder, kinds, need=(), split="test"):
         raise ValueError("{data}: no {0} of {listed} clips to read; looked for {looked_for} …"
                          .format(" and ".join(kinds), **about))
     return clips, about, *(rows[good] for rows in features)
+
+
+def labels_of(clips, folder):
+    """Labels in AudioSet's order where `folder` holds its classes, else the clips' own, sorted."""
+    used = set(chain.from_iterable(clip.labels for clip in clips))
+    return list(class_names(folder).values()) or sorted(used)
 
 
 class Labels:
@@ -258,32 +261,8 @@ def measure(model, task, folder):
 
 
 # ------------------------------------------------------------------------------------- tables
-# The paper's rows. R@1 and R@10 of text -> audio, then of audio -> text, on AudioCaps, on Clotho at
-# 18 s (Table 3) and 10 s (Table 8); with and without the prompt ESC-50, US8K, AudioSet (Table 4).
-PAPER_TABLES = """
-VA-Rand 1.3 7.3 5.6 24.5 1.3 7.5 3.2 13.5 1.4 7.4 3.2 13.1 37.6 33.0 41.9 38.1 1.7 2.0
-vip-AnT 0.8 7.9 10.1 38.1 1.9 9.5 7.0 25.6 1.9 10.1 6.1 23.7 57.1 49.9 44.7 37.8 2.6 2.8
-AC      9.9 45.6 15.2 52.9 6.7 29.1 7.1 30.7 5.9 26.3 8.2 30.3 62.8 55.7 54.0 47.0 11.6 12.3
-FC      8.9 41.5 14.7 50.0 6.5 27.7 7.8 29.7 5.7 26.6 6.6 28.0 62.5 58.0 52.7 50.0 11.2 12.2
-VC      6.9 35.7 13.5 49.4 5.5 25.6 7.6 28.2 5.2 25.2 7.0 25.9 61.9 58.0 52.7 50.3 8.9 10.7
-RC      3.8 19.9 10.7 38.1 3.5 16.9 5.5 24.9 3.5 16.3 5.7 23.6 51.6 36.1 42.3 28.5 4.1 4.6
-GL      12.4 52.9 13.0 51.2 6.7 29.0 6.8 27.0 6.0 27.1 6.1 25.4 67.2 64.5 62.6 61.0 15.4 18.9
-oracle  4.8 27.8 6.6 31.2
-GC      27.7 78.0 34.3 79.7 11.1 40.5 11.8 41.0 10.2 39.0 10.3 37.2 69.5 64.2 71.9 67.1 13.3 13.6
-"""
-PAPER = {line[:8].strip(): line[8:].split() for line in PAPER_TABLES.strip().split("\n")}
-PAPER_COLUMNS = {"audiocaps": 0, "clotho 18 s": 4, "clotho 10 s": 8, "esc50": 12, "us8k": 14,
-                 "audioset": 16, "oracle": 0}
-
-
-def paper_of(row, part):
-    """What the paper reports in a row of its tables for a part of ours: {variant: {metric: %}}."""
-    row = "oracle" if part == "oracle" else row
-    numbers = map(float, PAPER[row][PAPER_COLUMNS.get(part, 18):])  # from 18 on there is nothing
-    if part in CLASSES:
-        metric = "map" if part == "audioset" else "accuracy"
-        return {variant: {metric: number} for variant, number in zip(PROMPTS, numbers)}
-    return {"no prompt": dict(zip(("t2a_r1", "t2a_r10", "a2t_r1", "a2t_r10"), numbers))}
+# What the paper reports: {row: {part: {variant: {metric: %}}}}, and "pairs" (Tables 2, 3, 4, 8).
+PAPER = json.loads((Path(__file__).parent / "assets/paper.json").read_text())
 
 
 def cell(number):
@@ -299,7 +278,8 @@ def show(part, runs):
     for one in runs:
         columns[one["checkpoint"]] = one["results"][part]["values"]
         if result["published"]:
-            columns[f"paper: {one['row']}"] = paper_of(one["row"], part)
+            row = "OracleAV-CLIP" if part == "oracle" else one["row"]
+            columns[f"paper: {row}"] = PAPER[row].get(part, {})
     columns["chance"] = dict.fromkeys(result["values"], result["chance"])
     print0("\n{}: {clips} of {listed} clips in {data} (looked for {looked_for} …), {unreadable} "
            "unreadable".format(part, **result))
@@ -387,6 +367,25 @@ def curve(paths, out):
 
 
 # ---------------------------------------------------------------------------- your own sounds
+def audio_windows(path, sample_rate, seconds):
+    """A recording in windows, each half over the one before: yields (start, end in s, (S,))."""
+    parts, rate, silent = [np.zeros(0, np.float32)], sample_rate, True
+    start, end = 0, 0  # samples: where the next window begins, where `parts` end
+    for rate, block in sound_blocks(path):
+        parts.append(block)
+        end += len(block)
+        silent = silent and not np.diff(block).any()
+        size = round(seconds * rate)
+        while end > start + 1.02 * size:  # what is hardly longer than a window is one
+            wave = np.concatenate(parts)[start - end:]
+            window = resample(path, wave[:size], rate, sample_rate)
+            yield start / rate, (start + size) / rate, window
+            parts = [wave]  # all of it: the last window may begin before the next one
+            start += size - size // 2
+    wave = np.concatenate(parts)[-size if start else 0:]  # ends where the file ends
+    yield (end - len(wave)) / rate, end / rate, resample(path, wave, rate, sample_rate, silent)
+
+
 @torch.no_grad()
 def embed_windows(model, path):
     """A recording's windows -> (W, 2 + D): start and end in s, unit embedding, 0 where silent."""
@@ -483,8 +482,7 @@ def run_tasks(models, args, out):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     flag = parser.add_argument
     flag("--task", required=True, choices=[*TASKS, *"toy all scaling curve tag search".split()])
     flag("--checkpoint", nargs="+", type=Path, help="one, or several side by side")

@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from clip_load import audio_encoder_from_clip, digest, load_clip, pack_clip
-from curate import CLIPS_OF, PAPER_PAIRS
-from data import (FrontEnd, RememberSounds, captions_of, dataset_folder, labels_of, read_index,
-                  read_split, run)
-from evaluate import Labels, Model, average_precision, retrieval_metrics, save
+from curate import CLIPS_OF
+from data import (FrontEnd, RememberSounds, captions_of, dataset_folder, read_index, read_split,
+                  run)
+from evaluate import Labels, Model, average_precision, labels_of, retrieval_metrics, save
 from model import VisionTransformer, join_ranks, print0, unit
 from pretrain import (AudioLearner, AudioSamples, Bank, Training, frame_bank, parse, setting,
                       text_bank, train)
@@ -37,7 +37,7 @@ PAPER_RESULTS = {"esc50": "95.7 ± 1.4", "us8k": "86.0 ± 2.8", "audioset-balanc
 @dataclass(frozen=True)
 class Settings(Training):
     """AT fine-tuning as in the paper (Table 5); PRESETS has the heads'."""
-    source: str = setting("", "train on captions: curate.py's source", list(PAPER_PAIRS))
+    source: str = setting("", "train on captions: curate.py's source", list(CLIPS_OF))
     head: str = setting("", "train on labels", list(PAPER_RESULTS))
     data: str = setting("", "folder of the clips; empty: the source's", free=True)
     init: str = setting("", "checkpoint to start from; empty: pre-training's on this data, or on "

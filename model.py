@@ -101,10 +101,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A stack of blocks, (B, N, C) -> (B, N, C); `causal` for text.
-
-    With `first_only` -> (B, 1, C): the last block leaves out what the first token does not need.
-    """
+    """Blocks, (B, N, C) -> (B, N, C); with `first_only` the last one's first token, (B, 1, C)."""
 
     def __init__(self, width, layers, heads, causal=False):
         super().__init__()
@@ -137,8 +134,7 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, input_size, patch, stride, channels, width, layers, heads, output_dim):
         super().__init__()
-        self.input_size = tuple(input_size)
-        self.config = {"input_size": self.input_size, "patch": patch, "stride": tuple(stride),
+        self.config = {"input_size": tuple(input_size), "patch": patch, "stride": tuple(stride),
                        "channels": channels, "width": width, "layers": layers, "heads": heads,
                        "output_dim": output_dim}
         self.grid = tuple((size - patch) // step + 1 for size, step in zip(input_size, stride))
@@ -154,8 +150,8 @@ class VisionTransformer(nn.Module):
         self.proj = nn.Parameter(torch.randn(width, output_dim) * width ** -0.5)
 
     def forward(self, x):
-        if x.shape[2:] != self.input_size:
-            raise ValueError(f"input of {tuple(x.shape[2:])}; the encoder takes {self.input_size}")
+        if x.shape[2:] != self.config["input_size"]:
+            raise ValueError(f"{tuple(x.shape)}: the encoder takes {self.config['input_size']}")
         x = self.conv1(x).flatten(2).transpose(1, 2)                             # (B, N-1, C)
         first = self.class_embedding.expand(len(x), 1, -1)           # (B, 1, C)
         x = torch.cat([first, x], dim=1) + self.positional_embedding             # (B, N, C)
@@ -243,10 +239,7 @@ def parameter_groups(module, lr_weights, lr_biases, weight_decay):
 
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling (Table 5), as the authors' code has it.
-
-    With `adapt` the trust ratio is η‖p‖ / ‖g + wd·p‖ (1 where a norm is 0), unlike You et al.'s.
-    """
+    """Layer-wise adaptive rate scaling (Table 5), as in the authors' code, unlike You et al.'s."""
 
     def __init__(self, groups, lr=0.0, weight_decay=0.0, momentum=0.9, eta=0.001, adapt=True):
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum,
@@ -267,12 +260,12 @@ class LARS(torch.optim.Optimizer):
             if group["adapt"]:
                 p_norm = torch.stack(torch._foreach_norm(params))                # (tensors,)
                 g_norm = torch.stack(torch._foreach_norm(updates))               # (tensors,)
-                ratio = group["eta"] * p_norm / g_norm
+                ratio = group["eta"] * p_norm / g_norm  # η‖p‖ / ‖g + wd·p‖; 1 where one is 0
                 ratio = ratio.where((p_norm > 0) & (g_norm > 0), 1.0)
                 torch._foreach_mul_(updates, ratio.unbind())
             torch._foreach_mul_(momenta, group["momentum"])
             torch._foreach_add_(momenta, updates)
-            torch._foreach_add_(params, momenta, alpha=-group["lr"])  # unlike You et al., too
+            torch._foreach_add_(params, momenta, alpha=-group["lr"])
 
 
 def schedule(step, steps, warmup_steps, end=0.001):

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import timeit
-from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
+from argparse import SUPPRESS
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache, partial
 from itertools import chain
@@ -24,8 +24,9 @@ from pathlib import Path
 
 from clip_load import (Tokenizer, audio_encoder_from_clip, digest, load_clip, load_tokenizer,
                        pack_clip, read_weights, short_digest)
-from data import (FrontEnd, Remember, Unreadable, dataset_folder, held_out_by_audiocaps, load_image,
-                  loader, make_toy, mask, read_index, read_split, reading, run, write_whole)
+from data import (GET_IT, TABLES, FrontEnd, Parser, Remember, Unreadable, dataset_folder,
+                  load_image, loader, make_toy, mask, read_index, read_published, read_split,
+                  reading, run, write_whole)
 from model import (CLIP, LARS, LOG_SCALE, VisionTransformer, barrier, info_nce, join_ranks,
                    parameter_groups, print0, rank_and_size, schedule, unit)
 
@@ -93,8 +94,7 @@ TOY = Settings(data="toy", leave_out="none", clip="out/toy/clip/clip.pt",
 
 def parse(defaults, presets, argv=None, description=None):
     """Command line -> settings. --head or `--data toy` means a preset, which flags override."""
-    parser = ArgumentParser(description=description, allow_abbrev=False, argument_default=SUPPRESS,
-                            formatter_class=RawDescriptionHelpFormatter)
+    parser = Parser(description=description, argument_default=SUPPRESS)
     for f in fields(defaults):
         kind = {"type": f.type, "choices": f.metadata["choices"]}
         if f.type is bool:
@@ -114,10 +114,8 @@ open_chunk = lru_cache(partial(np.load, mmap_mode="r"))  # path -> array, mapped
 
 
 def in_chunks(folder, count, make, description):
-    """An array of `count` rows in files of CHUNK rows, made by the ranks in turn -> their paths.
-
-    make(start, end) yields these rows in parts (b, ...). What a killed run has made is kept.
-    """
+    """`count` rows in files of CHUNK, made by the ranks in turn, and kept -> the files' paths."""
+    # make(start, end) yields rows in parts (b, ...)
     rank, size = rank_and_size()
     paths = [Path(folder) / f"{start:09d}.npy" for start in range(0, count, CHUNK)]
     todo = [i for i in range(rank, len(paths), size) if not paths[i].exists()]
@@ -194,9 +192,7 @@ def frame_bank(folder, clips, clip, workers):
 
 
 class Bank:
-    """Embeddings in chunk files, (M, D) fp16 unit vectors, zeros where one can't be had; clip i has
-    the next counts[i] of `rows`.
-    """
+    """Embeddings (M, D) in chunk files, 0 for what can't be read; clip i has counts[i] `rows`."""
 
     def __init__(self, paths, rows, counts):
         self.paths, self.rows, self.starts = paths, rows, np.cumsum([0, *counts])
@@ -246,9 +242,7 @@ class AudioLearner(nn.Module):
 
 
 class AudioSamples:
-    """Clips with banks of targets. samples[epoch, i] is a waveform (of a small set, filterbanks),
-    a row of each bank, and draws for masks; all chance in it follows from seed, epoch and i.
-    """
+    """Clips with banks of targets; all chance in samples[epoch, i] follows from seed, epoch, i."""
     remember = Remember  # the front end of a small set
 
     def __init__(self, clips, banks, front_end, seed):
@@ -283,10 +277,7 @@ class AudioSamples:
 
 
 def batches(count, batch, seed, start, steps):
-    """This rank's part of each batch from step `start` to `steps`: lists of (epoch, i).
-
-    An epoch's order follows from seed and epoch; what fills no batch at its end drops out.
-    """
+    """Yields this rank's part of each batch, [(epoch, i)]; what fills none at the end drops out."""
     rank, size = rank_and_size()
     for step in range(start, steps):
         epoch, at = divmod(step, count // batch)
@@ -301,8 +292,7 @@ def check_input(samples):
     some = default_collate([samples[0, i] for i in range(min(32, len(samples)))])
     x = samples.front_end(some["wave"], some["length"])                          # (32, 1, T, F)
     if abs(x.mean()) > 0.7 or not 0.4 < x.std() < 2:
-        print0(f"warning: the encoder's input has mean {x.mean():.2f} and std {x.std():.2f}, not 0 "
-               f"and 1; data.py stats tells pretrain.py's --mean and --std")
+        print0(f"warning: input of mean {x.mean():.2f}, std {x.std():.2f}, not 0, 1: data.py stats")
 
 
 # -------------------------------------------------------------------------------- checkpoints
@@ -365,8 +355,7 @@ def train(learner, samples, settings, about, validate, device):
     path = Path(settings.out) / "checkpoint.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
     if settings.batch % size or not 0 < settings.batch <= count:
-        raise ValueError(f"--batch {settings.batch}: up to {count}, the number of clips, and such "
-                         f"that {size} rank(s) can share it evenly")
+        raise ValueError(f"--batch {settings.batch}: needed is a multiple of {size}, up to {count}")
     steps_per_epoch = count // settings.batch
     steps = settings.steps or settings.epochs * steps_per_epoch
     if settings.precision == "auto":
@@ -447,10 +436,7 @@ def train(learner, samples, settings, about, validate, device):
 
 # ------------------------------------------------------------------------------------ stage 1
 def top1_hits(queries, gallery, clips):
-    """Top-1 retrieval: queries, gallery (N, D) -> each query's precision, 0 or 1, and recall (N,).
-
-    Relevant is what has the same label *set* (§3.2.2), or without labels the same clip.
-    """
+    """Top-1 retrieval of (N, D) by label *set* (§3.2.2) or clip -> precision, recall, 2 × (N,)."""
     sets = ["\n".join(sorted(set(clip.labels))) or clip.id for clip in clips]
     kind = torch.from_numpy(np.unique(sets, return_inverse=True)[1])             # (N,)
     best = torch.cat([(part @ gallery.T).argmax(1) for part in queries.split(1024)])  # (N,)
@@ -458,20 +444,17 @@ def top1_hits(queries, gallery, clips):
     return hit, hit / torch.bincount(kind)[kind]
 
 
-def frame_retrieval(folder, banks, clip, workers):
+def frame_retrieval(folder, clip, workers):
     """(learner) -> how often a val clip's second frame finds a sound of its labels, % (Fig. 5)."""
     try:
         listed = read_split("audioset", folder, "val")
     except FileNotFoundError as error:
         print0(f"no validation: {error}")
-        listed = []
-    clips = [each for each in listed if each.audio and each.frames]
-    if not clips:
         return lambda learner: {}
-    bank = frame_bank(banks, clips, clip, workers)
-    second = [bank.of(i)[:2][-1] for i in range(len(clips))]                     # N rows
-    frames = np.concatenate([open_chunk(path) for path in bank.paths])           # (M, D)
-    images = torch.tensor(frames[second]).float()                                # (N, D)
+    clips = [each for each in listed if each.audio and each.frames]
+    read = partial(load_image, size=clip.image_size)
+    second = [each.middle_frame for each in clips]
+    images = embed_all(second, read, clip.encode_image, clip.visual, workers)    # (N, D)
 
     def validate(learner):
         audio = learner.embed([each.audio for each in clips], workers)           # (N, D)
@@ -484,11 +467,20 @@ def frame_retrieval(folder, banks, clip, workers):
     return validate
 
 
-def training_clips(folder, leave_out):
-    """A folder's training clips with sound and frames, without those that AudioCaps tests.
+def held_out_by_audiocaps(tables, folder):
+    """Videos that AudioCaps tests, which must not train -> set. Raises FileNotFoundError."""
+    val, test = Path(tables) / "val.csv", Path(tables) / "test.csv"
+    if val.exists() and test.exists():
+        return {segment.video for segment in read_published(val) + read_published(test)}
+    youtubes = (*TABLES["audioset"], *TABLES["vggsound"])  # a user's own hold no clip of it
+    if any((Path(folder) / table).exists() for table in youtubes):
+        raise FileNotFoundError(f"{tables}: no val.csv and test.csv of AudioCaps, whose clips are "
+                                f"to be left out of training; or --leave-out none. {GET_IT}")
+    return set()
 
-    leave_out: folder of AudioCaps' tables, or none. Raises FileNotFoundError, ValueError.
-    """
+
+def training_clips(folder, leave_out):
+    """A folder's training clips with sound and frames, without those that AudioCaps tests."""
     listed = read_split("audioset", folder, "train")
     whole = [clip for clip in listed if clip.audio and clip.frames]
     held_out = set() if leave_out == "none" else held_out_by_audiocaps(leave_out, folder)
@@ -507,7 +499,7 @@ def pretrain(settings, device):
     clips = training_clips(folder, settings.leave_out)
     clip = load_clip(settings.clip, device)
     tokenizer = load_tokenizer(settings.vocab, clip)
-    validate = frame_retrieval(folder, banks, clip, settings.workers)
+    validate = frame_retrieval(folder, clip, settings.workers)
     bank = frame_bank(banks, clips, clip, settings.workers)
     strides = settings.stride_time, settings.stride_mel
     encoder = audio_encoder_from_clip(clip, settings.frames, settings.mels, strides)

@@ -123,7 +123,7 @@ def draw(runs, path):
     figure, row_of_axes = figures.blank(10, 3.2, 1, 3, sharey=True)
     for axes, (title, metric, part, variant, name) in zip(row_of_axes, panels):
         ours = np.array([np.mean([run[row][metric] for run in runs]) for row in rows])
-        paper = np.array([evaluate.paper_of(row, part)[variant][name] for row in rows])
+        paper = np.array([evaluate.PAPER[row][part][variant][name] for row in rows])
         axes.barh(at - 0.2, ours / ours[pivoting], 0.4, label="toy", color=figures.LEARNED)
         axes.barh(at + 0.2, paper / paper[pivoting], 0.4, label="paper", color=figures.FROZEN)
         axes.set(title=title, xscale="log", xlabel="relative to vip-AnT")

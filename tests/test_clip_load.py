@@ -64,7 +64,7 @@ def test_order_of_places_and_what_was_tried(what, why, tmp_path, monkeypatch, ca
     monkeypatch.setattr(clip_load, "OPENAI", bad)
     monkeypatch.setattr(clip_load, "hf_hub_download", lambda *_, **__: open("no hub"))
     with pytest.raises(FileNotFoundError) as error:
-        clip_load.find_clip("ViT-B/32")
+        load_clip("ViT-B/32")
     _, cache, earlier, address, hub, mend = str(error.value).split("\n")
     assert "No such file" in cache and "no hub" in earlier and "no hub" in hub
     assert f"{bad}/{sha256}/ViT-B-32.pt: " in address and why in address
@@ -72,12 +72,14 @@ def test_order_of_places_and_what_was_tried(what, why, tmp_path, monkeypatch, ca
     path.write_bytes(b"half of it")  # and the hub works, but has not been asked before
     monkeypatch.setattr(clip_load, "hf_hub_download", lambda repository, name, local_files_only:
                         open("not yet") if local_files_only else f"{repository}/{name}")
-    assert clip_load.find_clip("ViT-B/32").parts[:2] == ("openai", "clip-vit-base-patch32")
     good = (tmp_path / "good").as_uri()
-    monkeypatch.setattr(clip_load, "OPENAI", good)
-    for place in (good, path):
-        assert clip_load.find_clip("ViT-B/32").read_bytes() == whole
-        assert f"{path}: from {place}" in capsys.readouterr().out
+    for openai, place, found in ((bad, "https", "openai/clip-vit-base-patch32/pytorch_model.bin"),
+                                 (good, good, path), (good, path, path)):
+        monkeypatch.setattr(clip_load, "OPENAI", openai)
+        with pytest.raises(ValueError):  # for no file here holds a CLIP
+            load_clip("ViT-B/32")
+        assert f"{found}: from {place}" in capsys.readouterr().out
+    assert path.read_bytes() == whole
 
 
 def test_every_layout_gives_the_same_weights(shared, clip, tmp_path, monkeypatch):
@@ -86,7 +88,7 @@ def test_every_layout_gives_the_same_weights(shared, clip, tmp_path, monkeypatch
     expected = clip.state_dict()
     nested = {f"clip.{key}": value for key, value in expected.items()}
     beside = {"optimizer": {0: torch.ones(3)}, "args": Settings()}  # which would run code
-    torch.save(beside | {"model": nested}, "nested.pt", _use_new_zipfile_serialization=False)
+    torch.save(beside | {"model": nested}, "nested.pt")
     clip.register_buffer("input_resolution", torch.tensor(32))  # as OpenAI's file has
     inputs = {"encode_image": torch.randn(2, 3, 32, 32), "encode_text": torch.ones(2, 12).long()}
     torch.jit.trace_module(clip, inputs, check_trace=False).save("script.pt")

@@ -4,8 +4,12 @@ import random
 import struct
 from dataclasses import replace
 
+import curate
 import data
-from data import Clip, Unreadable, audio_windows, fbank, load_audio, read_index, read_split
+import evaluate
+import pretrain
+from data import Clip, Unreadable, fbank, load_audio, read_index, read_split
+from evaluate import audio_windows
 
 import av
 import numpy as np
@@ -182,8 +186,8 @@ def test_each_dataset_is_read_as_published(tmp_path, name):
     assert read == replace(clip, audio=str(tmp_path / sound), start=read.start, end=read.end,
                            split=read.split, audiocap_ids=read.audiocap_ids)
     if name == "audioset":
-        assert data.labels_of([clip], tmp_path) == ["Speech", "Dog, barking"]
-        labelled = data.add_labels([Clip(f"{IDS[1]}_9"), Clip(f"{IDS[2]}_9")], tmp_path)
+        assert evaluate.labels_of([clip], tmp_path) == ["Speech", "Dog, barking"]
+        labelled = curate.add_labels([Clip(f"{IDS[1]}_9"), Clip(f"{IDS[2]}_9")], tmp_path)
         assert [each.labels for each in labelled] == [clip.labels, ()]
 
 
@@ -201,7 +205,7 @@ def test_audiocaps_clips_are_found_under_downloaders_names(tmp_path, name):
     assert clip.audio == str(sound) and clip.captions == tuple(f"a dog, {i}" for i in range(5))
 
 
-def test_an_index_of_ones_own_the_authors_and_mscocos_captions(tmp_path):
+def test_an_index_of_ones_own_the_authors_and_mscocos_captions(tmp_path, monkeypatch):
     write(tmp_path / "audio/x.WAV")
     rows = [{"id": 0, "audio": "audio\\x.wav", "captions": "one", "labels": ["a"], "other": 1},
             {"id": "b", "dir": "0-9", "aclip": ["wav"], "frame": "jpg", "bos": 1, "eos": 2}]
@@ -212,8 +216,10 @@ def test_an_index_of_ones_own_the_authors_and_mscocos_captions(tmp_path):
     assert authors.frames == (str(tmp_path / "0-9/frame/b.jpg"),)
     assert authors.middle_frame == authors.frames[0]
     rows = {"annotations": [{"image_id": 1, "id": 2, "caption": "a \n dog "}]}
-    write(tmp_path / "annotations/captions_val2014.json", json.dumps(rows))
-    assert data.read_coco_captions(tmp_path, "val") == ["a dog"]
+    write(tmp_path / "mscoco/annotations/captions_val2014.json", json.dumps(rows))
+    write(tmp_path / "mscoco/annotations/instances_val2014.json")
+    monkeypatch.setattr(curate, "dataset_folder", tmp_path.joinpath)
+    assert curate.caption_pool("vc", tmp_path, tmp_path) == ["a dog"]
 
 
 @pytest.mark.parametrize("name, text, why", [
@@ -236,13 +242,13 @@ def test_refusals_name_file_and_line(tmp_path, name, text, why):
 
 
 def test_what_audiocaps_tests_is_held_out(tmp_path):
-    assert data.held_out_by_audiocaps(tmp_path, tmp_path) == set()  # one's own
+    assert pretrain.held_out_by_audiocaps(tmp_path, tmp_path) == set()  # one's own
     write(tmp_path / "eval_segments.csv")
     with pytest.raises(FileNotFoundError, match="--leave-out none"):
-        data.held_out_by_audiocaps(tmp_path, tmp_path)
+        pretrain.held_out_by_audiocaps(tmp_path, tmp_path)
     write(tmp_path / "val.csv", HEADER + f"1,{IDS[0]},30,a dog\n")
     write(tmp_path / "test.csv", HEADER + f"1,{IDS[2]},30,a dog\n")
-    assert data.held_out_by_audiocaps(tmp_path, tmp_path) == {IDS[0], IDS[2]}
+    assert pretrain.held_out_by_audiocaps(tmp_path, tmp_path) == {IDS[0], IDS[2]}
 
 
 # ------------------------------------------------------------------------------------- videos

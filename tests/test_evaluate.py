@@ -88,8 +88,8 @@ def test_every_task_has_both_prompts_and_two_checkpoints_stand_side_by_side(
     assert results["audioset"]["missing"] == ["not_on_disk_0"] and set(of_class) == set(names)
     mean = results["audioset"]["values"]["prompt"]["map"]
     assert mean == pytest.approx(np.mean(list(of_class.values())))
-    assert evaluate.paper_of("GC", "audiocaps")["no prompt"]["a2t_r10"] == 79.7
-    assert evaluate.paper_of("AC", "audioset")["no prompt"] == {"map": 12.3}
+    assert evaluate.PAPER["GC"]["audiocaps"]["no prompt"]["a2t_r10"] == 79.7
+    assert evaluate.PAPER["AC"]["audioset"]["no prompt"] == {"map": 12.3}
     rows = [json.loads(line) for line in (world / "test.jsonl").read_text().splitlines()]
     rows[3]["captions"].pop()
     write(folder / "test.jsonl", "\n".join(map(json.dumps, rows)))
