@@ -51,8 +51,7 @@ def compare(what, ours, yardstick, theirs, count=0, unit="clips/s", rounds=5):
     theirs()
     times = np.array([(seconds(ours), seconds(theirs)) for _ in range(rounds)])   # (rounds, 2)
     one, other = count / np.median(times, axis=0) if count else np.median(times, axis=0)
-    unit = unit if count else "s"
-    row(what, f"{one:.4g} {unit}", f"{other:.4g} {yardstick}",
+    row(what, f"{one:.4g} {unit if count else 's'}", f"{other:.4g} {yardstick}",
         f"{np.median(times[:, 1] / times[:, 0]):.3f}")
 
 
@@ -97,8 +96,8 @@ def memory_of_two_steps(reference, batch, recompute):
     step = training_step(reference, batch, bf16=False, recompute=recompute)
     step()
     step()
-    unit = 2 ** (30 if sys.platform == "darwin" else 20)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2 ** (30 if sys.platform == "darwin" else 20)
 
 
 def peak_memory(*arguments):

@@ -40,9 +40,8 @@ def run(*words, ranks=1, check=True, cwd=None):
 
 
 def kill(text, *words, ranks=1, count=1, signal=9):
-    """Run a script and kill it (2: Ctrl-C) a moment after its `count`th line that holds a text
-    (each step of a bar is a line) -> seconds until the last of its processes had ended, for all of
-    them hold the pipe open; None where it had ended by itself."""
+    """Kill a script (2: Ctrl-C) a moment after its `count`th line (or step of a bar) with a text ->
+    seconds until the last of its processes, which hold the pipe open, had ended; else None."""
     process = subprocess.Popen(command(*words, ranks=ranks), env=ENVIRONMENT, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     killed = 0

@@ -9,7 +9,6 @@ import data
 import evaluate
 import pretrain
 from data import Clip, Unreadable, fbank, load_audio, read_index, read_split
-from evaluate import audio_windows
 
 import av
 import numpy as np
@@ -136,7 +135,7 @@ def test_what_can_not_be_heard_is_named(tmp_path):
         with pytest.raises(Unreadable, match=f"{name}.wav.*{why}"):
             load_audio(path, RATE)
     with pytest.raises(Unreadable, match="silent"):
-        list(audio_windows(tmp_path / "silent.wav", RATE, 0.3))
+        list(evaluate.audio_windows(tmp_path / "silent.wav", RATE, 0.3))
     for name in ("missing.wav", "."):
         with pytest.raises(Unreadable):
             load_audio(tmp_path / name, RATE)
@@ -148,7 +147,7 @@ def test_windows_overlap_by_half_and_end_where_the_file_ends(tmp_path):
                               (2.6, [(0, 1), (0.5, 1.5), (1, 2), (1.5, 2.5), (1.6, 2.6)])):
         wave = chirp(seconds)
         soundfile.write(path, wave, RATE, "FLOAT")
-        windows = list(audio_windows(path, RATE, 1.0))
+        windows = list(evaluate.audio_windows(path, RATE, 1.0))
         np.testing.assert_allclose([window[:2] for window in windows], expected, atol=1e-3)
         for start, end, heard in windows:
             right = wave[round(start * RATE):round(end * RATE)]
@@ -369,7 +368,7 @@ def test_damaged_files_end_in_a_clear_error(tmp_path, world):
     sounds, videos = list(make_sounds(tmp_path)), sorted(tmp_path.glob("video.*"))
     write(tmp_path / "x.csv", HEADER + 99 * f"1,{IDS[0]},30,a dog\n")
     readers = [(sounds, lambda path: load_audio(path, RATE)),
-               (sounds, lambda path: list(audio_windows(path, RATE, 1.0))),
+               (sounds, lambda path: list(evaluate.audio_windows(path, RATE, 1.0))),
                (videos, lambda path: data.cut_frames(path, [1, 2])),
                (videos, lambda path: data.cut_audio(path, 1, 2, RATE)),
                (sorted((world / "frames").iterdir()), data.load_image),

@@ -89,7 +89,6 @@ def test_every_task_has_both_prompts_and_two_checkpoints_stand_side_by_side(
     mean = results["audioset"]["values"]["prompt"]["map"]
     assert mean == pytest.approx(np.mean(list(of_class.values())))
     assert evaluate.PAPER["GC"]["audiocaps"]["no prompt"]["a2t_r10"] == 79.7
-    assert evaluate.PAPER["AC"]["audioset"]["no prompt"] == {"map": 12.3}
     rows = [json.loads(line) for line in (world / "test.jsonl").read_text().splitlines()]
     rows[3]["captions"].pop()
     write(folder / "test.jsonl", "\n".join(map(json.dumps, rows)))

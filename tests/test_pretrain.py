@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import kill, kill_at_random, run, small_pretraining
 
+
 def test_an_array_in_chunk_files_is_made_once_and_in_order(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "CHUNK", 10)
     made = []
