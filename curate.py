@@ -165,21 +165,15 @@ def mined_pairs(settings, folder, out, device):
 
 
 # -------------------------------------------------------------------------------------- pairs
-def add_labels(clips, folder):
-    """AudioCaps' clips with the labels that AudioSet, whose tables are in `folder`, gives them."""
-    labels = {}
-    for table in Path(folder).glob("*_segments.csv"):
-        for segment in read_published(table):
-            labels[segment.video] = segment.labels
-    return [replace(clip, labels=labels.get(clip.id[:11], clip.labels)) for clip in clips]
-
-
 def gold_pairs(source, folder, seed):
     """Gold clips, AudioCaps' train or a gold.jsonl -> these, (i) -> what clip i's line holds."""
     split = "gold" if (folder / "gold.jsonl").exists() else "train"
     clips = read_split("audiocaps", folder, split, need=("captions",))
-    if source == "gl" and not any(clip.labels for clip in clips):
-        clips = add_labels(clips, dataset_folder("audioset"))
+    if source == "gl" and not any(clip.labels for clip in clips):  # as in AudioCaps' own tables
+        labels = {}
+        for table in dataset_folder("audioset").glob("*_segments.csv"):
+            labels |= {segment.video: segment.labels for segment in read_published(table)}
+        clips = [replace(clip, labels=labels.get(clip.id[:11], ())) for clip in clips]
     captions = [clip.labels if source == "gl" else clip.captions for clip in clips]
     if source == "rc":  # as in Table 2; §3.3 has "a random caption from AC"
         pool = captions_of(clips)
