@@ -136,13 +136,13 @@ def mine(frames, captions, k, device):
     return np.concatenate([open_chunk(path) for path in paths])
 
 
-def union(found, threshold):
-    """What a clip's frames found, (frames, k) of FOUND -> {caption: best cosine}, nearest first."""
-    best = {}
+def union(found, pool, threshold):
+    """What a clip's frames found, (frames, k) of FOUND -> what its line holds, nearest first."""
+    best = {}  # caption -> its best cosine
     for cosine, caption in sorted(found.ravel().tolist(), reverse=True):
         if cosine >= threshold:
-            best.setdefault(caption, cosine)
-    return best
+            best.setdefault(pool[caption], round(cosine, 4))
+    return {"captions": list(best), "scores": list(best.values())}
 
 
 def mined_pairs(settings, folder, out, device):
@@ -155,13 +155,7 @@ def mined_pairs(settings, folder, out, device):
     frames = frame_bank(out / "banks", clips, clip, settings.workers)
     captions = text_bank(out / "banks", texts, clip, tokenizer)
     mined = mine(frames, captions, settings.k, device)                           # (M, k)
-
-    def found(i):
-        best = union(mined[frames.of(i)], settings.threshold)
-        scores = [round(cosine, 4) for cosine in best.values()]
-        return {"captions": [pool[j] for j in best], "scores": scores}
-
-    return clips, found
+    return clips, lambda i: union(mined[frames.of(i)], pool, settings.threshold)
 
 
 # -------------------------------------------------------------------------------------- pairs
