@@ -261,8 +261,8 @@ def measure(model, task, folder):
 
 
 # ------------------------------------------------------------------------------------- tables
-# What the paper reports: {row: {part: {variant: {metric: %}}}}, and "pairs" (Tables 2, 3, 4, 8).
-PAPER = json.loads((Path(__file__).parent / "assets/paper.json").read_text())
+# What the paper reports: {row: {part: {variant: {metric: %}}}}, "pairs", "heads" (Tables 2-4, 7, 8)
+PAPER = json.loads(read_text(Path(__file__).parent / "assets/paper.json"))
 
 
 def cell(number):
