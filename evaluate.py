@@ -456,7 +456,7 @@ def run_tasks(models, args, out):
     parts, errors = {}, []  # names of all results, in order
     for task in TASKS if args.task == "all" else [args.task]:
         try:
-            folder = dataset_folder(args.data or DATASETS.get(task, task))
+            folder = args.data or dataset_folder(DATASETS.get(task, task))
             for model, one in zip(models, runs):
                 one["results"] |= measure(model, task, folder)
                 parts |= one["results"]
@@ -486,7 +486,7 @@ def main():
     flag = parser.add_argument
     flag("--task", required=True, choices=[*TASKS, *"toy all scaling curve tag search".split()])
     flag("--checkpoint", nargs="+", type=Path, help="one, or several side by side")
-    flag("--data", help="a dataset's name or its folder (data/<the task's>)")
+    flag("--data", type=dataset_folder, help="a dataset's name or its folder (data/<the task's>)")
     flag("--out", help="where results, charts and what was heard go (beside the checkpoint)")
     flag("--list-missing", metavar="FILE", help="for the names of clips that are not on disk")
     flag("--target", type=float, default=81, help="scaling: accuracy to reach (81 %%, people)")
@@ -504,8 +504,6 @@ def main():
     out = Path(args.out or paths[0].parent)
     if args.task == "curve":
         return curve(paths, out)
-    if args.data:
-        dataset_folder(args.data)  # which is said once, and before a missing checkpoint
     models = [Model(path, device) for path in paths]
     if sounds:
         heard = hear(models[0], args.audio, out / "heard")
@@ -514,7 +512,7 @@ def main():
     elif args.task == "tag":
         tag(models[0], heard, args.labels)
     elif args.task == "scaling":
-        scaling(models, dataset_folder(args.data or "esc50"), args.target, out)
+        scaling(models, args.data or dataset_folder("esc50"), args.target, out)
     else:
         run_tasks(models, args, out)
 
