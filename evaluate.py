@@ -138,10 +138,10 @@ def prepare(model, name, folder, kinds, need=(), split="test"):
     clips = [clip for clip in listed if ("audio" not in kinds or os.path.isfile(clip.audio))
              and ("frames" not in kinds or clip.frames)]
     gone = {clip.id for clip in set(listed) - set(clips)}
-    if table.exists() and name in ("audioset", "audiocaps", "vggsound"):
-        indexed = {clip.id[:11] for clip in listed}  # YouTube's ids of what was found
+    if table.exists():  # an index beside it may lack some of its rows
+        indexed = {clip.id[:11] for clip in listed}  # as long as YouTube's ids, without the start
         gone |= {row.id for row in read_published(table)
-                 if row.video not in indexed and row.split in ("", split)}
+                 if row.id[:11] not in indexed and row.split in ("", split)}
     model.missing |= gone
     counts = {len(clip.captions): clip.id for clip in clips}
     if "captions" in need and len(counts) > 1:
