@@ -16,7 +16,6 @@ import os
 import sys
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 from clip_load import Tokenizer, digest, lengthen, make_clip, short_digest
@@ -161,7 +160,7 @@ def prepare(model, name, folder, kinds, need=(), split="test"):
 
 def labels_of(clips, folder):
     """Labels in AudioSet's order where `folder` holds its classes, else the clips' own, sorted."""
-    used = set(chain.from_iterable(clip.labels for clip in clips))
+    used = set().union(*(clip.labels for clip in clips))
     return list(class_names(folder).values()) or sorted(used)
 
 
