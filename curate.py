@@ -136,13 +136,13 @@ def mine(frames, captions, k, device):
     return np.concatenate([open_chunk(path) for path in paths])
 
 
-def union(found, threshold):
-    """What a clip's frames found, (frames, k) of FOUND -> {caption: best cosine}, nearest first."""
-    best = {}
+def union(found, pool, threshold):
+    """What a clip's frames found, (frames, k) of FOUND -> what its line holds, nearest first."""
+    best = {}  # caption -> its best cosine
     for cosine, caption in sorted(found.ravel().tolist(), reverse=True):
         if cosine >= threshold:
-            best.setdefault(caption, cosine)
-    return best
+            best.setdefault(pool[caption], round(cosine, 4))
+    return {"captions": list(best), "scores": list(best.values())}
 
 
 def mined_pairs(settings, folder, out, device):
@@ -155,31 +155,19 @@ def mined_pairs(settings, folder, out, device):
     frames = frame_bank(out / "banks", clips, clip, settings.workers)
     captions = text_bank(out / "banks", texts, clip, tokenizer)
     mined = mine(frames, captions, settings.k, device)                           # (M, k)
-
-    def found(i):
-        best = union(mined[frames.of(i)], settings.threshold)
-        scores = [round(cosine, 4) for cosine in best.values()]
-        return {"captions": [pool[j] for j in best], "scores": scores}
-
-    return clips, found
+    return clips, lambda i: union(mined[frames.of(i)], pool, settings.threshold)
 
 
 # -------------------------------------------------------------------------------------- pairs
-def add_labels(clips, folder):
-    """AudioCaps' clips with the labels that AudioSet, whose tables are in `folder`, gives them."""
-    labels = {}
-    for table in Path(folder).glob("*_segments.csv"):
-        for segment in read_published(table):
-            labels[segment.video] = segment.labels
-    return [replace(clip, labels=labels.get(clip.id[:11], clip.labels)) for clip in clips]
-
-
 def gold_pairs(source, folder, seed):
     """Gold clips, AudioCaps' train or a gold.jsonl -> these, (i) -> what clip i's line holds."""
     split = "gold" if (folder / "gold.jsonl").exists() else "train"
     clips = read_split("audiocaps", folder, split, need=("captions",))
-    if source == "gl" and not any(clip.labels for clip in clips):
-        clips = add_labels(clips, dataset_folder("audioset"))
+    if source == "gl" and not any(clip.labels for clip in clips):  # as in AudioCaps' own tables
+        labels = {}
+        for table in dataset_folder("audioset").glob("*_segments.csv"):
+            labels |= {segment.video: segment.labels for segment in read_published(table)}
+        clips = [replace(clip, labels=labels.get(clip.id[:11], ())) for clip in clips]
     captions = [clip.labels if source == "gl" else clip.captions for clip in clips]
     if source == "rc":  # as in Table 2; §3.3 has "a random caption from AC"
         pool = captions_of(clips)

@@ -16,7 +16,6 @@ import os
 import sys
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 from clip_load import Tokenizer, digest, lengthen, make_clip, short_digest
@@ -138,10 +137,10 @@ def prepare(model, name, folder, kinds, need=(), split="test"):
     clips = [clip for clip in listed if ("audio" not in kinds or os.path.isfile(clip.audio))
              and ("frames" not in kinds or clip.frames)]
     gone = {clip.id for clip in set(listed) - set(clips)}
-    if table.exists() and name in ("audioset", "audiocaps", "vggsound"):
-        indexed = {clip.id[:11] for clip in listed}  # YouTube's ids of what was found
+    if table.exists():  # an index beside it may lack some of its rows
+        indexed = {clip.id[:11] for clip in listed}  # as long as YouTube's ids, without the start
         gone |= {row.id for row in read_published(table)
-                 if row.video not in indexed and row.split in ("", split)}
+                 if row.id[:11] not in indexed and row.split in ("", split)}
     model.missing |= gone
     counts = {len(clip.captions): clip.id for clip in clips}
     if "captions" in need and len(counts) > 1:
@@ -161,7 +160,7 @@ def prepare(model, name, folder, kinds, need=(), split="test"):
 
 def labels_of(clips, folder):
     """Labels in AudioSet's order where `folder` holds its classes, else the clips' own, sorted."""
-    used = set(chain.from_iterable(clip.labels for clip in clips))
+    used = set().union(*(clip.labels for clip in clips))
     return list(class_names(folder).values()) or sorted(used)
 
 
@@ -261,8 +260,8 @@ def measure(model, task, folder):
 
 
 # ------------------------------------------------------------------------------------- tables
-# What the paper reports: {row: {part: {variant: {metric: %}}}}, and "pairs" (Tables 2, 3, 4, 8).
-PAPER = json.loads((Path(__file__).parent / "assets/paper.json").read_text())
+# What the paper reports: {row: {part: {variant: {metric: %}}}}, "pairs", "heads" (Tables 2-4, 7, 8)
+PAPER = json.loads(read_text(Path(__file__).parent / "assets/paper.json"))
 
 
 def cell(number):
@@ -456,7 +455,7 @@ def run_tasks(models, args, out):
     parts, errors = {}, []  # names of all results, in order
     for task in TASKS if args.task == "all" else [args.task]:
         try:
-            folder = dataset_folder(args.data or DATASETS.get(task, task))
+            folder = args.data or dataset_folder(DATASETS.get(task, task))
             for model, one in zip(models, runs):
                 one["results"] |= measure(model, task, folder)
                 parts |= one["results"]
@@ -486,7 +485,7 @@ def main():
     flag = parser.add_argument
     flag("--task", required=True, choices=[*TASKS, *"toy all scaling curve tag search".split()])
     flag("--checkpoint", nargs="+", type=Path, help="one, or several side by side")
-    flag("--data", help="a dataset's name or its folder (data/<the task's>)")
+    flag("--data", type=dataset_folder, help="a dataset's name or its folder (data/<the task's>)")
     flag("--out", help="where results, charts and what was heard go (beside the checkpoint)")
     flag("--list-missing", metavar="FILE", help="for the names of clips that are not on disk")
     flag("--target", type=float, default=81, help="scaling: accuracy to reach (81 %%, people)")
@@ -504,8 +503,6 @@ def main():
     out = Path(args.out or paths[0].parent)
     if args.task == "curve":
         return curve(paths, out)
-    if args.data:
-        dataset_folder(args.data)  # which is said once, and before a missing checkpoint
     models = [Model(path, device) for path in paths]
     if sounds:
         heard = hear(models[0], args.audio, out / "heard")
@@ -514,7 +511,7 @@ def main():
     elif args.task == "tag":
         tag(models[0], heard, args.labels)
     elif args.task == "scaling":
-        scaling(models, dataset_folder(args.data or "esc50"), args.target, out)
+        scaling(models, args.data or dataset_folder("esc50"), args.target, out)
     else:
         run_tasks(models, args, out)
 

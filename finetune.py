@@ -19,7 +19,8 @@ from clip_load import audio_encoder_from_clip, digest, load_clip, pack_clip
 from curate import CLIPS_OF
 from data import (FrontEnd, RememberSounds, captions_of, dataset_folder, read_index, read_split,
                   run)
-from evaluate import Labels, Model, average_precision, labels_of, retrieval_metrics, save
+from evaluate import (PAPER, Labels, Model, average_precision, labels_of, retrieval_metrics,
+                      save)
 from model import VisionTransformer, join_ranks, print0, unit
 from pretrain import (AudioLearner, AudioSamples, Bank, Training, frame_bank, parse, setting,
                       text_bank, train)
@@ -30,15 +31,11 @@ import torch.nn.functional as F
 from torch import nn
 
 # ----------------------------------------------------------------------------------- settings
-PAPER_RESULTS = {"esc50": "95.7 ± 1.4", "us8k": "86.0 ± 2.8", "audioset-balanced": "37.9",
-                 "audioset": "44.7", "esc10": "none"}  # Table 7
-
-
 @dataclass(frozen=True)
 class Settings(Training):
     """AT fine-tuning as in the paper (Table 5); PRESETS has the heads'."""
     source: str = setting("", "train on captions: curate.py's source", list(CLIPS_OF))
-    head: str = setting("", "train on labels", list(PAPER_RESULTS))
+    head: str = setting("", "train on labels", list(PAPER["heads"]))
     data: str = setting("", "folder of the clips; empty: the source's", free=True)
     init: str = setting("", "checkpoint to start from; empty: pre-training's on this data, or on "
                         "AudioSet; for a head also clip, or random: a small encoder", free=True)
@@ -258,7 +255,7 @@ def finetune_on_labels(settings, device):
     values = np.array(list(results.values()))
     spread = values.std(ddof=min(1, len(values) - 1))
     print0(f"{settings.head}: {metric} {values.mean():.1f} ± {spread:.1f} % (paper: "
-           f"{PAPER_RESULTS[settings.head]})")
+           f"{PAPER['heads'][settings.head]})")
     done = {"settings": vars(settings), "results": results}
     save(out / "head.json", lambda part: part.write_text(json.dumps(done)))
 

@@ -31,13 +31,12 @@ def test_mining_is_a_sort_and_a_clips_captions_the_union_over_its_frames(tmp_pat
     found = curate.mine(frames, paths[1], 7, CPU)                                # (45, 7)
     assert (found["caption"] == np.argsort(-cosines)[:, :7])[readable].all()
     assert np.allclose(found["cosine"][readable], -np.sort(-cosines)[readable, :7], atol=1e-5)
-    assert curate.union(found[3], -1.0) == {}
+    assert curate.union(found[3], [], -1.0) == {"captions": [], "scores": []}
     found = np.zeros((2, 3), curate.FOUND)
     found["cosine"] = [[0.5, 0.375, 0.25], [0.4375, 0.3125, 0.125]]
     found["caption"] = [[9, 5, 2], [5, 1, 8]]
-    best = {9: 0.5, 5: 0.4375, 1: 0.3125, 2: 0.25, 8: 0.125}  # 5 twice: its better cosine counts
-    assert list(curate.union(found, -1.0).items()) == list(best.items())
-    assert list(curate.union(found, 0.3)) == [9, 5, 1]
+    row = curate.union(found, "abcdefghij", 0.2)  # f is found twice: its better cosine counts
+    assert row == {"captions": ["j", "f", "b", "c"], "scores": [0.5, 0.4375, 0.3125, 0.25]}
 
 
 @pytest.fixture(scope="module")

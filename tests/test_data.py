@@ -175,7 +175,7 @@ PUBLISHED = {  # dataset: table, its text, a sound's file, the clip that is read
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_each_dataset_is_read_as_published(tmp_path, name):
+def test_each_dataset_is_read_as_published(tmp_path, monkeypatch, name):
     with pytest.raises(FileNotFoundError, match=f"{tmp_path}: .*Get it: "):
         read_split(name, tmp_path)
     table, text, sound, clip = PUBLISHED[name]
@@ -186,8 +186,10 @@ def test_each_dataset_is_read_as_published(tmp_path, name):
                            split=read.split, audiocap_ids=read.audiocap_ids)
     if name == "audioset":
         assert evaluate.labels_of([clip], tmp_path) == ["Speech", "Dog, barking"]
-        labelled = curate.add_labels([Clip(f"{IDS[1]}_9"), Clip(f"{IDS[2]}_9")], tmp_path)
-        assert [each.labels for each in labelled] == [clip.labels, ()]
+        write(tmp_path / "train.csv", f"{HEADER}7,{IDS[1]},9,a\n8,{IDS[2]},9,b\n")
+        monkeypatch.setattr(curate, "dataset_folder", lambda name: tmp_path)
+        _, row = curate.gold_pairs("gl", tmp_path, seed=0)
+        assert (row(0)["captions"], row(1)["captions"]) == (clip.labels, ())
 
 
 @pytest.mark.parametrize("name", [
