@@ -252,10 +252,8 @@ def fbank(waves, sample_rate, mels=128):
         frames = x.unfold(1, length, shift)                                      # (b, T, 25 ms)
         # differs from the paper, which subtracts the waveform's mean: a frame's contains it
         frames = frames - frames.mean(dim=2, keepdim=True)
-        emphasised = frames[:, :, 1:] - 0.97 * frames[:, :, :-1]  # the first one's window is 0
-        padded = frames.new_zeros(*frames.shape[:2], fft)                        # (b, T, FFT)
-        torch.mul(emphasised, window[1:], out=padded[:, :, 1:length])
-        spectrum = torch.fft.rfft(padded)                                        # (b, T, FFT bins)
+        frames[:, :, 1:] -= 0.97 * frames[:, :, :-1]  # the first sample's window is 0
+        spectrum = torch.fft.rfft(frames * window, fft)                          # (b, T, FFT bins)
         power = spectrum.real.square() + spectrum.imag.square()
         banks.append((power @ mel_bins).clamp(min=torch.finfo(torch.float32).eps).log())
     return torch.cat(banks)                                                      # (B, T, F)
