@@ -40,12 +40,6 @@ def rank_and_size():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def barrier():
-    """Wait for the other ranks, if any."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def print0(*parts):
     """print, on rank 0 alone."""
     if rank_and_size()[0] == 0:

@@ -27,7 +27,7 @@ from clip_load import (Tokenizer, audio_encoder_from_clip, digest, load_clip, lo
 from data import (GET_IT, TABLES, FrontEnd, Parser, Remember, Unreadable, dataset_folder,
                   load_image, loader, make_toy, mask, read_index, read_published, read_split,
                   reading, run, write_whole)
-from model import (CLIP, LARS, LOG_SCALE, VisionTransformer, barrier, info_nce, join_ranks,
+from model import (CLIP, LARS, LOG_SCALE, VisionTransformer, info_nce, join_ranks,
                    parameter_groups, print0, rank_and_size, schedule, unit)
 
 import numpy as np
@@ -127,7 +127,8 @@ def in_chunks(folder, count, make, description):
                 parts.append(part)
                 bar.update(len(part))
             write_whole(paths[i], partial(np.save, arr=np.concatenate(parts)))
-    barrier()
+    if size > 1:
+        torch.distributed.barrier()  # the other ranks' files are there, too
     return paths
 
 
@@ -426,7 +427,8 @@ def train(learner, samples, settings, about, validate, device):
                 "learner": learner.state_dict(), "optimizer": optimizer.state_dict()}))
         losses.zero_()
         logged, began = step, time.perf_counter()
-    barrier()
+    if size > 1:
+        torch.distributed.barrier()  # rank 0 has saved
 
 
 # ------------------------------------------------------------------------------------ stage 1
