@@ -197,11 +197,9 @@ def resample(path, wave, rate, new_rate, silent=False):
         raise Unreadable(f"{path}: says it has {rate} samples a second; is its header damaged?")
     if not np.isfinite(wave).all():
         raise Unreadable(f"{path}: holds NaN or infinite samples")
+    ratio = Fraction(new_rate, rate).limit_denominator(1000)  # the filter grows with its terms
     wave = torch.tensor(wave)
-    if rate != new_rate:
-        ratio = Fraction(new_rate, rate).limit_denominator(1000)  # the filter grows with its terms
-        wave = torchaudio.functional.resample(wave, ratio.denominator, ratio.numerator)
-    return wave.clamp(-1, 1)
+    return torchaudio.functional.resample(wave, ratio.denominator, ratio.numerator).clamp(-1, 1)
 
 
 def load_audio(path, sample_rate, seconds=None):
