@@ -67,7 +67,7 @@ def reading(path, what):
 def run(main):
     """Call a script's main; what a user can mend ends in a message instead of a traceback."""
     if "RANK" in os.environ:
-        end_with_parent(os.getppid(), worker=None)  # torchrun, however it ends
+        end_with_parent(os.getppid())  # torchrun, however it ends
     sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text
     try:
         main()
@@ -97,7 +97,7 @@ def write_whole(path, save):
         part.unlink(missing_ok=True)
 
 
-def end_with_parent(parent, worker):
+def end_with_parent(parent, worker=None):
     """At a process's start: end when its parent does; a DataLoader's worker leaves Ctrl-C to it."""
     if worker is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -907,11 +907,11 @@ def make_toy_clip(job, folder, seed):
     return row | {"audio": audio, "labels": [label], "captions": captions} | fold
 
 
-def toy_captions(kind, rng, count=2000):
-    """Captions without clips: ac, of sounds; vc, of pictures; fc, a language model's."""
+def toy_captions(kind, rng):
+    """2,000 captions without clips: ac, of sounds; vc, of pictures; fc, a language model's."""
     things = [thing for thing in THINGS if kind != "vc" or thing[0] not in UNKNOWN]
     captions = []
-    for i in rng.integers(len(things), size=count):
+    for i in rng.integers(len(things), size=2000):
         first, second = rng.uniform(size=2) < 0.5           # loud or soft, small or large, dark
         if kind == "ac":
             caption = rng.choice(audio_captions(things[i], first))
