@@ -157,10 +157,10 @@ def embed(items, read, encode, D, workers=0):
 def embed_all(items, read, encode, tower, workers=0):
     """The same in memory, shared by the ranks and the same on each -> (N, D) on the CPU."""
     rank, size = rank_and_size()
-    D, device = tower.config["output_dim"], tower.proj.device
-    features = torch.zeros(len(items), D, device=device)
+    D = tower.config["output_dim"]
+    features = torch.zeros(len(items), D, device=tower.proj.device)
     parts = embed(items[rank::size], read, encode, D, workers)
-    features[rank::size] = torch.cat([torch.zeros(0, D), *parts]).to(device)
+    features[rank::size] = torch.cat([torch.zeros(0, D), *parts])
     if size > 1:
         torch.distributed.all_reduce(features)  # a sum: one rank made a row, the others left it 0
     return features.cpu()
