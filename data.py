@@ -811,7 +811,7 @@ COLOURS = {  # colour -> its RGB, its pitch, and that pitch in Hz
     "purple": ((160, 50, 190), "shrill", 1700), "white": ((240, 240, 240), "piercing", 2900)}
 COUNTS = {"one": "once", "two": "twice", "three": "three times", "four": "four times"}
 THINGS = list(product(SHAPES, COLOURS, range(1, 5)))  # 144
-TOY_RATE, TOY_IMAGE = 16_000, 64  # Hz, pixels
+TOY_RATE = 16_000  # Hz
 TOY_SPLITS = {"pairs": 8000, "train": 4000, "val": 144, "test": 576}
 TOY_GOLD = 2000  # training clips that gold.jsonl has a caption for
 # What makes the paper's world hard, and its method work:
@@ -847,7 +847,7 @@ def audio_captions(thing, loud):
 def draw_thing(thing, radius, background, places):
     """Picture of a thing's shapes around `places` (count, 2), in pixels -> 64×64 PIL image."""
     shape, colour, _ = thing
-    image = Image.new("RGB", (TOY_IMAGE, TOY_IMAGE), background)
+    image = Image.new("RGB", (64, 64), background)
     reach, rgb = radius * np.array(SHAPES[shape][0]), COLOURS[colour][0]
     angles = 2 * np.pi * np.arange(len(reach)) / len(reach) - np.pi / 2  # the first one is on top
     corners = reach[:, None] * np.stack([np.cos(angles), np.sin(angles)], 1)     # (corners, 2)

@@ -155,7 +155,7 @@ class VisionTransformer(nn.Module):
     def flops(self):
         """Floating point operations of a forward pass of one sample."""
         N, C = self.positional_embedding.shape
-        layers = len(self.transformer.resblocks)
+        layers = self.config["layers"]
         convolution = (N - 1) * self.conv1.weight.numel()
         keys_values = layers * N * 2 * C ** 2
         queries = (layers - 1) * N + 1  # in the last layer the class token alone asks

@@ -157,7 +157,7 @@ def embed(items, read, encode, D, workers=0):
 def embed_all(items, read, encode, tower, workers=0):
     """The same in memory, shared by the ranks and the same on each -> (N, D) on the CPU."""
     rank, size = rank_and_size()
-    D = tower.config["output_dim"]
+    D = tower.proj.shape[1]
     features = torch.zeros(len(items), D, device=tower.proj.device)
     parts = embed(items[rank::size], read, encode, D, workers)
     features[rank::size] = torch.cat([torch.zeros(0, D), *parts])
@@ -169,8 +169,7 @@ def embed_all(items, read, encode, tower, workers=0):
 def embed_to_disk(folder, kind, names, items, read, encode, clip, workers=0):
     """CLIP's unit embeddings of items, (M, D) fp16, in a folder named after them -> chunk files."""
     def make(start, end):
-        D = clip.visual.config["output_dim"]
-        for features in embed(items[start:end], read, encode, D, workers):
+        for features in embed(items[start:end], read, encode, clip.visual.proj.shape[1], workers):
             yield features.half().numpy()
 
     folder = Path(folder) / f"{kind}-{short_digest(digest(clip), *names)}"
@@ -234,7 +233,7 @@ class AudioLearner(nn.Module):
 
     def encode(self, batch):
         """Padded waveforms and their lengths, on any device -> audio features (B, D)."""
-        wave, length = (part.to(self.audio_encoder.proj.device) for part in batch)
+        wave, length = (part.to(self.log_scale.device) for part in batch)
         return self.audio_encoder(self.front_end(wave, length))
 
     def embed(self, paths, workers=0):
