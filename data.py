@@ -180,11 +180,10 @@ def sound_blocks(path):
     rate = None
     with opened(path, "audio") as (file, streams):
         for frame in decoded(file, streams[0]):
-            rate, block = rate or frame.sample_rate, first_channel(frame)
-            if frame.sample_rate != rate:  # two files in one, as `cat a.mp3 b.mp3` leaves them
-                wave = torch.from_numpy(block)
-                block = torchaudio.functional.resample(wave, frame.sample_rate, rate).numpy()
-            yield rate, block
+            rate, wave = rate or frame.sample_rate, torch.from_numpy(first_channel(frame))
+            # rates may differ: two files in one, as `cat a.mp3 b.mp3` leaves them
+            wave = torchaudio.functional.resample(wave, frame.sample_rate, rate)
+            yield rate, wave.numpy()
 
 
 def resample(path, wave, rate, new_rate, silent=False):
