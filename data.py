@@ -473,7 +473,7 @@ def inside(folder, name):
     return os.path.join(parent, spellings(parent).get(spelling(base), base))
 
 
-def find_files(folder, endings):
+def find_files(folder, endings=AUDIO + VIDEO):
     """Files below a folder with one of these endings, links followed -> paths, videos last."""
     found, seen = [], set()
     for place, folders, names in os.walk(folder, followlinks=True):
@@ -488,13 +488,13 @@ def find_files(folder, endings):
 
 # AudioSet, AudioCaps and VGGSound come as YouTube's ids. A file's name is AudioCaps' own number, or
 # holds the id (Y{id}, Title [{id}], …), then perhaps the second or millisecond that it begins at.
-def with_files(segments, paths):
-    """Each segment with its files, likeliest first -> [(segment, [(begins there, path)])]."""
+def with_files(segments, folder):
+    """Segments with a folder's files -> [(segment, [(begins there, path)])], likeliest first."""
     named, found = defaultdict(list), defaultdict(list)
     for segment in segments:
         for name in (segment.video, *segment.audiocap_ids):
             named[name].append(segment)
-    for path in paths:
+    for path in find_files(folder):
         stem = os.path.splitext(os.path.basename(path))[0]
         for at in range(max(1, len(stem) - 10)):
             for segment in named.get(stem[at:at + 11], ()):
@@ -593,7 +593,7 @@ def read_split(name, folder, split="test", need=()):
     clips = [clip for clip in read_published(table) if clip.split in ("", split)]
     if any(clip.audio for clip in clips):  # which their table names
         return clips
-    for i, (clip, files) in enumerate(with_files(clips, find_files(table.parent, AUDIO + VIDEO))):
+    for i, (clip, files) in enumerate(with_files(clips, table.parent)):
         for begins_there, path in reversed(files):
             if begins_there or path.lower().endswith(AUDIO):  # whole videos are for `extract`
                 clips[i] = replace(clip, audio=path)
@@ -676,7 +676,7 @@ def cut_frames(path, times):
 def own_videos(folder):
     """A folder's videos, after their sound if that is another file -> [(name, files)]."""
     videos = {}
-    for path in find_files(folder, AUDIO + VIDEO):
+    for path in find_files(folder):
         name = re.sub(r"(\.f\d+)?\.\w+$", "", os.path.relpath(path, folder))  # yt-dlp's .f137
         videos.setdefault(name, []).append((False, path))
     return [(name, files) for name, files in videos.items() if files[-1][1].lower().endswith(VIDEO)]
@@ -740,7 +740,7 @@ def extract(table, videos, out, sample_rate=FrontEnd.sample_rate, workers=2):
     out, stem = Path(out), Path(table or "train").stem
     out.mkdir(parents=True, exist_ok=True)
     if table:
-        jobs = with_files(read_published(table), find_files(videos, AUDIO + VIDEO))
+        jobs = with_files(read_published(table), videos)
     else:
         pieces = in_processes(pieces_of, own_videos(videos), workers)
         jobs = list(chain.from_iterable(tqdm(pieces, "lengths", unit=" videos")))

@@ -19,9 +19,9 @@ from functools import partial
 from pathlib import Path
 
 from clip_load import Tokenizer, digest, lengthen, make_clip, short_digest
-from data import (AUDIO, VIDEO, FrontEnd, Parser, Unreadable, captions_of, class_names,
-                  dataset_folder, find_files, load_image, read_published, read_split, read_text,
-                  reading, resample, run, sound_blocks, table_of, write_whole)
+from data import (FrontEnd, Parser, Unreadable, captions_of, class_names, dataset_folder,
+                  find_files, load_image, read_published, read_split, read_text, reading,
+                  resample, run, sound_blocks, table_of, write_whole)
 from model import VisionTransformer, join_ranks, print0, rank_and_size, unit
 from pretrain import AudioLearner, Training, embed_all, load_checkpoint, top1_hits
 
@@ -400,7 +400,7 @@ def hear(model, places, memory):
     """Files and folders -> windows, [(path, start, end, embedding (D,))]; kept in `memory`."""
     paths, heard = [], []
     for place in places:
-        paths += find_files(place, AUDIO + VIDEO) if os.path.isdir(place) else [place]
+        paths += find_files(place) if os.path.isdir(place) else [place]
     ear = digest(model.learner.audio_encoder) + str(model.learner.front_end)
     for path in tqdm(paths, "listening"):
         of_file = f"{os.path.realpath(path)} {os.path.getsize(path)} {os.path.getmtime(path)}"
