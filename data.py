@@ -772,8 +772,7 @@ def extract(table, videos, out, sample_rate=FrontEnd.sample_rate, workers=2):
     counts = Counter(status for _, status, _ in report[1:])
     summary = ", ".join(f"{count} {status}" for status, count in counts.items())
     if not indexes:
-        raise ValueError(f"{videos}: no clip came out of it ({summary or 'no video there'}); "
-                         f"reasons in {out}")
+        raise ValueError(f"{videos}: no clip in it ({summary or 'no video'}); reasons in {out}")
     print(f"{summary}; index and reasons in {out}")
     if "train" in indexes:
         print(f"next: python pretrain.py --data {out}")

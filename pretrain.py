@@ -545,8 +545,7 @@ def main():
     out = settings.out or f"out/{dataset_folder(settings.data).name}/{name}"
     pretrain(replace(settings, out=out), device)
     flags = ["--checkpoint", f"{out}/checkpoint.pt", "--task", "toy" if toy else "all"]
-    print0(f"next: python evaluate.py {' '.join(flags)}; with sounds of your own --task search "
-           f"--audio FOLDER --query WORDS")
+    print0(f"next: python evaluate.py {' '.join(flags)}; or --task search --audio DIR --query TEXT")
     if toy and rank_and_size()[1] == 1:
         sys.exit(subprocess.call([sys.executable, Path(__file__).with_name("evaluate.py"), *flags]))
 
