@@ -583,7 +583,7 @@ def read_index(path, need=()):
 
 
 def read_split(name, folder, split="test", need=()):
-    """A split -> list of Clip: <split>.jsonl, or as published. FileNotFoundError, ValueError."""
+    """A split -> list of Clip: <split>.jsonl, or as published. Raises FileNotFoundError."""
     index = Path(folder) / f"{split}.jsonl"
     if index.exists():
         return read_index(index, ("audio", *need))

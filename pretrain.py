@@ -325,6 +325,15 @@ def resume(path, learner, optimizer, settings, about):
 
 
 # ----------------------------------------------------------------------------------- the loop
+def make_optimizer(learner, settings):
+    """LARS or Adam over weights and biases, each with its peak learning rate."""
+    # differs from the paper, which does not say: LARS's rates are for 256 clips a step (authors')
+    scale = settings.batch / 256 if settings.optimizer == "lars" else 1.0
+    groups = parameter_groups(learner, settings.lr_weights * scale, settings.lr_biases * scale,
+                              settings.weight_decay)
+    return LARS(groups) if settings.optimizer == "lars" else torch.optim.Adam(groups)
+
+
 def matmul_rate(device):
     """Measured rate of large matrix products in FLOP/s: MFU is the share of it that is used."""
     size = 8192 if device.type == "cuda" else 1024
@@ -356,11 +365,7 @@ def train(learner, samples, settings, about, validate, device):
     learner.to(device).train()
     learner.front_end = samples.front_end  # a small set's takes filterbanks
     check_input(samples)
-    # differs from the paper, which does not say: LARS's rates are for 256 clips a step (authors')
-    scale = settings.batch / 256 if settings.optimizer == "lars" else 1.0
-    groups = parameter_groups(learner, settings.lr_weights * scale, settings.lr_biases * scale,
-                              settings.weight_decay)
-    optimizer = LARS(groups) if settings.optimizer == "lars" else torch.optim.Adam(groups)
+    optimizer = make_optimizer(learner, settings)
     about = about | {"clips": samples.clips}
     start = resume(path, learner, optimizer, settings, about)
     learner.audio_encoder.transformer.recompute = settings.recompute

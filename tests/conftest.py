@@ -57,7 +57,7 @@ def kill(text, *words, ranks=1, count=1, signal=9):
 def kill_at_random(stages, *words):
     """Kill a script at a random moment of each stage, named by its lines; then let it end."""
     for text in stages:
-        assert kill(text, *words, count=random.randint(1, 6)), text
+        assert kill(text, *words, count=random.randint(1, 4)), text
     run(*words)
 
 

@@ -71,8 +71,7 @@ def test_pivotability_by_hand():
 
 def test_every_task_has_both_prompts_and_two_checkpoints_stand_side_by_side(
         evaluated, checkpoint, world, tmp_path):
-    folder, two = tmp_path / "own", shutil.copy(checkpoint, tmp_path)
-    shutil.copytree(world, folder)
+    folder, two = shutil.copytree(world, tmp_path / "own"), shutil.copy(checkpoint, tmp_path)
     names = sorted({clip.labels[0] for clip in data.read_split("audioset", world)})
     rows = [f"{i},/m/{i},{name}" for i, name in enumerate(["nothing", *names])]
     write(folder / "class_labels_indices.csv", "\n".join(["index,mid,display_name", *rows]))

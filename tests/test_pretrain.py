@@ -135,8 +135,7 @@ def test_a_damaged_checkpoint_another_stages_or_runs_is_refused(checkpoint, flag
                       (checkpoint, "no head checkpoint.*of stage 'pretrain'")):
         with pytest.raises(ValueError, match=why):
             pretrain.load_checkpoint(path, ["head"])
-    other = ["--out", checkpoint.parent, "--lr-weights", 4]
-    done = run("pretrain.py", *flags, *other, check=False)
+    done = run("pretrain.py", *flags, "--out", checkpoint.parent, "--lr-weights", 4, check=False)
     assert done.returncode == 1 and "lr_weights was 5.0 and is 4.0" in done.stderr
 
 
@@ -148,8 +147,7 @@ def test_a_loss_that_is_not_finite_stops_and_the_last_checkpoint_stays(flags, tm
 
 @pytest.mark.parametrize("bad", [1, 12])
 def test_more_than_ten_bad_clips_and_more_than_one_percent_stop_a_run(bad, world, flags, tmp_path):
-    folder = tmp_path / "own"
-    shutil.copytree(world, folder)
+    folder = shutil.copytree(world, tmp_path / "own")
     for i in range(bad):
         (folder / f"audio/train_{i}.wav").write_bytes(b"nothing")
     done = run("pretrain.py", *flags, "--data", folder, "--epochs", 1, check=False)
