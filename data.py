@@ -187,7 +187,7 @@ def sound_blocks(path):
 
 
 def resample(path, wave, rate, new_rate, silent=False):
-    """A file's sound (S,) at another rate, Hz; not of under 25 ms, `silent`, or NaN."""
+    """A file's sound (S,) at another rate, Hz. Raises Unreadable: under 25 ms, `silent`, NaN."""
     if len(wave) < 0.025 * rate:
         raise Unreadable(f"{path}: {1000 * len(wave) / rate:.0f} ms of sound; needed are 25")
     if silent:
