@@ -95,7 +95,7 @@ def find(url, sha256, repository, file):
     path = CACHE / Path(url).name
     hub = f"https://huggingface.co/{repository}"
     tried = ""
-    for place in (path, f"{hub}, fetched before", url, hub):
+    for place in (path, f"{hub}, fetched before", url, hub):  # the first that has it
         try:
             if place == url:
                 write_whole(path, lambda out: torch.hub.download_url_to_file(url, str(out), sha256))
@@ -112,6 +112,18 @@ def find(url, sha256, repository, file):
 
 
 # ------------------------------------------------------------------------------ CLIP's weights
+class TensorsOnly:
+    """torch.load's `pickle_module`: of what a file names only tensors are made; nothing runs."""
+    class Inert(dict):  # in the place of all other classes
+        __init__ = __setstate__ = append = extend = lambda self, *_, **__: None
+        __hash__ = object.__hash__
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module, name):  # but for storages, which torch.load finds by itself
+            rebuilds = name in ("_rebuild_tensor_v2", "_rebuild_parameter")
+            return getattr(torch._utils, name) if rebuilds else TensorsOnly.Inert
+
+
 def read_weights(path):
     """What a file of weights holds, whatever its format: tensors in dicts, hopefully."""
     with open(path, "rb") as file:
@@ -142,7 +154,7 @@ NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "
 
 
 def flatten(content, prefix=""):
-    """Nested dicts: yields (name as OpenAI's after a prefix "outer.inner.", fp32 tensor)."""
+    """Tensors of nested dicts, fp32, each under its path "outer.inner.key" in OpenAI's words."""
     for key, value in content.items():
         key = f"{prefix}{key}"
         if isinstance(value, dict):
@@ -203,7 +215,7 @@ def make_clip(state, device="cpu"):
 
 
 def load_clip(path, device="cpu"):
-    """OpenAI's name or a file of any layout -> CLIP as make_clip's; says what it is taken for."""
+    """A name of OpenAI's or a file -> CLIP as make_clip's. Raises Unreadable, FileNotFoundError."""
     if path in MODELS:
         url = f"{OPENAI}/{MODELS[path]}/{path.replace('/', '-')}.pt"
         hub = path.lower().replace("b/", "base-patch").replace("l/", "large-patch")
@@ -257,9 +269,9 @@ def resize_positions(pos, grid, new_grid):
 
 def inherit(encoder, state, grid):
     """Fill an audio encoder with weights for another grid or for colours -> it, on their device."""
-    # 1. the kernel is averaged over colours: (C, 3, P, P) -> (C, 1, P, P)
+    # 2. the kernel is averaged over colours: (C, 3, P, P) -> (C, 1, P, P)
     kernel = state["conv1.weight"].mean(1, keepdim=True)
-    # 2. positions are resized, from the image's grid to the sound's: 7×7 -> 61×5
+    # 3. positions are resized, from the image's grid to the sound's: 7×7 -> 61×5
     positions = resize_positions(state["positional_embedding"], grid, encoder.grid)
     encoder.load_state_dict(state | {"conv1.weight": kernel, "positional_embedding": positions})
     return encoder.to(positions.device)
@@ -267,7 +279,7 @@ def inherit(encoder, state, grid):
 
 def audio_encoder_from_clip(clip, frames=FrontEnd.frames, mels=FrontEnd.mels, stride=(16, 24)):
     """CLIP's visual tower with the three changes, (B, 1, T, F) -> (B, D) (§3.2.1)."""
-    # 3. patches overlap: their stride is below the kernel's size
+    # 1. patches overlap: their stride is below the kernel's size
     config = clip.visual.config | {"input_size": (frames, mels), "stride": stride, "channels": 1}
     if max(stride) > config["patch"]:
         print0(f"warning: --stride-time or --stride-mel above {config['patch']} skips sound")
@@ -286,18 +298,6 @@ VIPANT = {"vipant": "01FFQTZK9YBPRDQHHR6157AGBR/00071478.pth",
           "vipant-gc": "01FM2Y9HJ896B2G6NKRXTEVXZ7/00004140.pth"}  # of two, best on three sets
 
 
-class TensorsOnly:
-    """torch.load's `pickle_module`: of what a file names only tensors are made; nothing runs."""
-    class Inert(dict):  # in the place of all other classes
-        __init__ = __setstate__ = append = extend = lambda self, *_, **__: None
-        __hash__ = object.__hash__
-
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module, name):  # but for storages, which torch.load finds by itself
-            rebuilds = name in ("_rebuild_tensor_v2", "_rebuild_parameter")
-            return getattr(torch._utils, name) if rebuilds else TensorsOnly.Inert
-
-
 def import_vipant(source, out, clip, packed):
     """Make of the authors' checkpoint, a file or an address, one of ours with CLIP inside."""
     name = Path(source).name
@@ -314,7 +314,7 @@ def import_vipant(source, out, clip, packed):
         inherit(encoder, state, encoder.grid if resized else clip.visual.grid)
     learner = {f"audio_encoder.{key}": value for key, value in encoder.state_dict().items()}
     learner["log_scale"] = torch.tensor(float(scale))
-    gc = name == Path(VIPANT["vipant-gc"]).name
+    gc = name in ("00004140.pth", "00006210.pth")  # fine-tuned; the others are pre-trained
     torch.save({"stage": "finetune" if gc else "pretrain", "clip": packed, "learner": learner,
                 "settings": {"imported": name, "source": "gc" if gc else ""},
                 "encoder": encoder.config, "front_end": vars(FrontEnd())}, out)

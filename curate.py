@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from clip_load import load_clip, load_tokenizer, short_digest
-from data import (GET_IT, captions_of, dataset_folder, find_files, read_published, read_split,
-                  read_text, reading, run)
+from data import (captions_of, dataset_folder, find_files, read_published, read_split, read_text,
+                  reading, run)
 from evaluate import PAPER, PROMPT, save
 from model import join_ranks, print0
 from pretrain import (CHUNK, TOY, Training, frame_bank, in_chunks, open_chunk, parse, setting,
@@ -55,7 +55,7 @@ class Settings:
 
 # ----------------------------------------------------------------------------------- the pool
 def caption_pool(source, folder, out):
-    """A mined source's captions, each once; <source>.txt in either folder comes first."""
+    """A mined source's captions, each once; <source>.txt comes first. Raises FileNotFoundError."""
     files = [path for path in (folder / f"{source}.txt", out / f"{source}.txt") if path.exists()]
     if files:
         lines = read_text(files[0]).splitlines()
@@ -64,15 +64,15 @@ def caption_pool(source, folder, out):
         lines = captions_of(clips + read_split("clotho", dataset_folder("clotho"), "train"))
     elif source == "vc":
         coco, lines = dataset_folder("mscoco"), []
-        for path in find_files(coco, ("captions_train2014.json", "captions_val2014.json")):
-            with reading(path, "captions as MSCOCO's"):
-                rows = json.loads(read_text(path))["annotations"]
+        for name in ("captions_train2014.json", "captions_val2014.json"):
+            with reading(coco, f"readable {name}"):
+                rows = json.loads(read_text(find_files(coco, (name,))[0]))["annotations"]
                 lines += [" ".join(row["caption"].split()) for row in rows]
     else:
         raise FileNotFoundError(f"{out}/fc.txt: missing; python curate.py generate writes it")
     pool = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not pool:
-        raise ValueError(f"no caption in the pool of {source}. {GET_IT}")
+        raise ValueError(f"no caption in the pool of {source}")
     return pool
 
 
@@ -117,7 +117,7 @@ def nearest(images, pool, k):
 
 
 def mine(frames, captions, k, device):
-    """A Bank's k nearest in a bank's files -> (M, k) of FOUND; kept in chunk files beside it."""
+    """Frames' k nearest captions -> (M, k) of FOUND. frames: a Bank; captions: chunk files."""
     pool = torch.cat([torch.tensor(open_chunk(path)) for path in captions])      # (P, D)
     pool = pool.to(device).float()
 

@@ -115,7 +115,7 @@ def loader(items, workers, **options):
 
 def in_processes(function, items, workers):
     """function(item) for each item, in order, computed by worker processes."""
-    return loader(items, workers, batch_size=None, collate_fn=function)
+    return loader(items, workers, batch_size=None, collate_fn=function)  # None: item by item
 
 
 # -------------------------------------------------------------------------------------- sound
@@ -202,7 +202,7 @@ def resample(path, wave, rate, new_rate, silent=False):
 
 
 def load_audio(path, sample_rate, seconds=None):
-    """First channel of a sound file, all or its first `seconds` -> (S,) float32 in [-1, 1]."""
+    """First channel at `sample_rate` Hz, all or the first `seconds` -> (S,) float32 in [-1, 1]."""
     blocks, length, rate = [np.zeros(0, np.float32)], 0, sample_rate
     for rate, block in sound_blocks(path):
         blocks.append(block)
@@ -242,10 +242,10 @@ def fbank(waves, sample_rate, mels=128):
     window, fft, mel_bins = window_and_mel_bins(sample_rate, mels, waves.device)
     length, shift = frame_length_and_shift(sample_rate)
     banks = []
-    # the order of operations is Kaldi's: in the quietest bins another one shows.
     # a CPU's temporaries stay in its cache for some 5 s of sound; a GPU takes many clips at once
     together = 2 ** 18 if waves.device.type == "cpu" else 2 ** 25
     for x in waves.split(max(1, together // waves.shape[1])):
+        # the order of operations is Kaldi's: another one changes the quietest bins
         frames = x.unfold(1, length, shift)                                      # (b, T, 25 ms)
         # differs from the paper, which subtracts the waveform's mean: a frame's contains it
         frames = frames - frames.mean(dim=2, keepdim=True)
@@ -277,7 +277,7 @@ class FrontEnd:
         return (self.frames - 1) * shift + length
 
     def pad(self, wave):
-        """A waveform's first `samples`, zeros on its right; how many are its own."""
+        """A waveform's first `samples`, zeros on its right -> (samples,); how many are its own."""
         wave = wave[:self.samples]
         return torch.nn.functional.pad(wave, (0, self.samples - len(wave))), len(wave)
 
@@ -487,9 +487,9 @@ def find_files(folder, endings=AUDIO + VIDEO):
 
 
 # AudioSet, AudioCaps and VGGSound come as YouTube's ids. A file's name is AudioCaps' own number, or
-# holds the id (Y{id}, Title [{id}], …), then perhaps the second or millisecond that it begins at.
+# holds the id (Y{id}, Title [{id}], …), then perhaps where it begins, in s or ms; else it is whole.
 def with_files(segments, folder):
-    """Segments with a folder's files -> [(segment, [(begins there, path)])], likeliest first."""
+    """Segments with their files -> [(segment, [(file begins with it, path)])], likeliest first."""
     named, found = defaultdict(list), defaultdict(list)
     for segment in segments:
         for name in (segment.video, *segment.audiocap_ids):
@@ -583,7 +583,7 @@ def read_index(path, need=()):
 
 
 def read_split(name, folder, split="test", need=()):
-    """A split -> list of Clip: <split>.jsonl, or as published. Raises FileNotFoundError."""
+    """Clips of <split>.jsonl, all with the keys `need`, or as published. FileNotFoundError."""
     index = Path(folder) / f"{split}.jsonl"
     if index.exists():
         return read_index(index, ("audio", *need))
@@ -701,7 +701,7 @@ def pieces_of(video):
 
 
 def cut_clip(job, out, sample_rate):
-    """Cut a (segment, its files) out, sound and pictures -> status, reason, line of the index."""
+    """Cut a (segment, files) out -> done, no pictures, unreadable or missing; reason; index row."""
     segment, files = job
     place = f"{segment.video[:2]}/{segment.id}"  # 4,000 folders share two million clips
     row = {"id": segment.id, "audio": f"audio/{place}.wav",
@@ -733,8 +733,8 @@ def cut_clip(job, out, sample_rate):
     return "done", "", row
 
 
-def extract(table, videos, out, sample_rate=FrontEnd.sample_rate, workers=2):
-    """Cut a table's segments, or else pieces of 10 s, out of a folder's videos into `out`."""
+def extract(table, videos, out, sample_rate, workers):
+    """Cut a table's segments, or pieces of 10 s, out of videos -> `out`: files, indexes, report."""
     if not Path(videos).is_dir():
         raise FileNotFoundError(f"{videos}: no such folder; --videos names the one with the videos")
     out, stem = Path(out), Path(table or "train").stem
@@ -991,8 +991,8 @@ def main():
         out = args.out or Path(args.segments).parent
         extract(args.segments, args.videos, out, args.sample_rate, args.workers)
     else:
-        name = args.data if args.data in TABLES else "audioset"
-        clips = read_split(name, dataset_folder(args.data), "train")
+        folder = dataset_folder(args.data)
+        clips = read_split(folder.name if folder.name in TABLES else "audioset", folder, "train")
         front_end = FrontEnd(args.sample_rate, args.mels, args.frames)
         statistics([clip for clip in clips if clip.audio], front_end)
 

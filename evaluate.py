@@ -50,7 +50,7 @@ def interval(values):
 def retrieval_metrics(audio, captions, captions_per_clip=5, mean=percent, gallery=None):
     """Both ways' recall at 1, 5, 10 and median rank (from 1), by `mean`: `percent` or `interval`.
 
-    audio (N, D), captions (5N, D), gallery (N,). A sound looks for its best own caption.
+    audio (N, D), captions (5N, D); gallery (N,): sounds meet only what has the same number.
     """
     similarity = unit(audio) @ unit(captions).T                                  # (N, 5N)
     if gallery is not None:
@@ -137,10 +137,10 @@ def prepare(model, name, folder, kinds, need=(), split="test"):
     clips = [clip for clip in listed if ("audio" not in kinds or os.path.isfile(clip.audio))
              and ("frames" not in kinds or clip.frames)]
     gone = {clip.id for clip in set(listed) - set(clips)}
-    if table.exists():  # an index beside it may lack some of its rows
-        indexed = {clip.id[:11] for clip in listed}  # as long as YouTube's ids, without the start
+    if table.exists() and name in ("audioset", "audiocaps", "vggsound"):
+        indexed = {clip.id[:11] for clip in listed}  # YouTube's ids of what was found
         gone |= {row.id for row in read_published(table)
-                 if row.id[:11] not in indexed and row.split in ("", split)}
+                 if row.video not in indexed and row.split in ("", split)}
     model.missing |= gone
     counts = {len(clip.captions): clip.id for clip in clips}
     if "captions" in need and len(counts) > 1:
@@ -160,8 +160,8 @@ def prepare(model, name, folder, kinds, need=(), split="test"):
 
 def labels_of(clips, folder):
     """Labels in AudioSet's order where `folder` holds its classes, else the clips' own, sorted."""
-    used = set().union(*(clip.labels for clip in clips))
-    return list(class_names(folder).values()) or sorted(used)
+    known, used = list(class_names(folder).values()), set().union(*(c.labels for c in clips))
+    return known + sorted(used - set(known))
 
 
 class Labels:
@@ -353,7 +353,7 @@ def scaling(models, folder, target, out):
 
 
 def curve(paths, out):
-    """Image -> audio retrieval by epoch, from the logs beside checkpoints (Fig. 5)."""
+    """Validation by epoch, from the logs beside checkpoints (Fig. 5: image -> audio)."""
     lines = {}  # {run and metric: {epoch: %}}
     for path in paths:
         for line in path.with_name("log.jsonl").read_text().splitlines():

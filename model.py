@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 # -------------------------------------------------------------------------------------- ranks
 def join_ranks():
-    """Join torchrun's process group, if any -> this rank's device. Raises ValueError (no GPU)."""
+    """Join torchrun's ranks, if any -> own device. Raises ValueError (more ranks than GPUs)."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -147,7 +147,7 @@ class VisionTransformer(nn.Module):
         if x.shape[2:] != self.config["input_size"]:
             raise ValueError(f"{tuple(x.shape)}: the encoder takes {self.config['input_size']}")
         x = self.conv1(x).flatten(2).transpose(1, 2)                             # (B, N-1, C)
-        first = self.class_embedding.expand(len(x), 1, -1)           # (B, 1, C)
+        first = self.class_embedding.expand(len(x), 1, -1)                       # (B, 1, C)
         x = torch.cat([first, x], dim=1) + self.positional_embedding             # (B, N, C)
         x = self.transformer(self.ln_pre(x), first_only=True)                    # (B, 1, C)
         return self.ln_post(x[:, 0]) @ self.proj                                 # (B, D)
@@ -233,7 +233,7 @@ def parameter_groups(module, lr_weights, lr_biases, weight_decay):
 
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling (Table 5), as in the authors' code, unlike You et al.'s."""
+    """LARS (Table 5) as in the authors' code; You et al.: ‖g‖ + wd·‖p‖, rate in the momentum."""
 
     def __init__(self, groups, lr=0.0, weight_decay=0.0, momentum=0.9, eta=0.001, adapt=True):
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum,

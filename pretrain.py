@@ -58,7 +58,7 @@ class Training:
     weight_decay: float = setting(1e-6, "on weights")
     precision: str = setting("auto", "auto: bf16 where it is fast", ["auto", "bf16", "fp32"])
     compile: str = setting("auto", "torch.compile; auto: on CUDA", ["auto", "yes", "no"], free=True)
-    recompute: bool = setting(False, "blocks' activations: less memory, more work", free=True)
+    recompute: bool = setting(False, "compute activations twice: less memory", free=True)
     workers: int = setting(min(8, os.cpu_count() or 1), "decoding processes a rank", free=True)
     log_every: int = setting(50, "steps between log lines", free=True)
     save_every: int = setting(1000, "steps between checkpoints, besides epochs' ends", free=True)
@@ -85,7 +85,7 @@ class Settings(Training):
     stride_mel: int = setting(24, "mel bins between patches")
 
 
-# The paper at half its scale, patches side by side; mean and std are its own; 62 steps an epoch.
+# Half the paper's patches and mel bins, side by side; mean, std are the toy's; 62 steps an epoch.
 TOY = Settings(data="toy", leave_out="none", clip="out/toy/clip/clip.pt",
                vocab="data/toy/vocab.txt.gz", sample_rate=16_000, mels=64, frames=100, mean=-2.16,
                std=3.5, stride_time=16, stride_mel=16, batch=64, epochs=9, warmup_epochs=0.5,
@@ -154,8 +154,8 @@ def embed(items, read, encode, D, workers=0):
         yield features
 
 
-def embed_all(items, read, encode, tower, workers=0):
-    """The same in memory, shared by the ranks and the same on each -> (N, D) on the CPU."""
+def embed_all(items, read, encode, tower, workers):
+    """Unit embeddings in memory, all on each rank -> (N, D) on the CPU. tower: encode's module."""
     rank, size = rank_and_size()
     D = tower.proj.shape[1]
     features = torch.zeros(len(items), D, device=tower.proj.device)
@@ -207,7 +207,7 @@ class Bank:
             target = torch.tensor(open_chunk(self.paths[row // CHUNK])[row % CHUNK]).float()
             if target.any():
                 return target
-        raise Unreadable(f"clip number {i}: not one of its frames can be read")
+        raise Unreadable(f"clip number {i} (from 0): none of its frames can be read")
 
 
 # ------------------------------------------------------------------------ learner and samples
@@ -233,7 +233,7 @@ class AudioLearner(nn.Module):
 
     def encode(self, batch):
         """Padded waveforms and their lengths, on any device -> audio features (B, D)."""
-        wave, length = (part.to(self.log_scale.device) for part in batch)
+        wave, length = (part.to(self.audio_encoder.proj.device) for part in batch)
         return self.audio_encoder(self.front_end(wave, length))
 
     def embed(self, paths, workers=0):
@@ -242,7 +242,7 @@ class AudioLearner(nn.Module):
 
 
 class AudioSamples:
-    """Clips with banks of targets; all chance in samples[epoch, i] follows from seed, epoch, i."""
+    """samples[epoch, i], by seed, epoch, i alone: wave (S,), length, target (kinds, D), draws."""
     remember = Remember  # the front end of a small set
 
     def __init__(self, clips, banks, front_end, seed):
@@ -266,7 +266,7 @@ class AudioSamples:
     def __getitem__(self, key):
         epoch, i = key
         for offset in range(min(100, len(self))):  # the next one steps in for a bad one
-            rng = np.random.default_rng((self.seed, epoch, i))
+            rng = np.random.default_rng((self.seed, epoch, i + offset))
             try:
                 return self.read((i + offset) % len(self), rng) | {"skipped": offset > 0}
             except Unreadable as error:
@@ -277,7 +277,7 @@ class AudioSamples:
 
 
 def batches(count, batch, seed, start, steps):
-    """Yields this rank's part of each batch, [(epoch, i)]; what fills none at the end drops out."""
+    """This rank's part, [(epoch, i)], of batches `start` to `steps`; an epoch's rest drops out."""
     rank, size = rank_and_size()
     for step in range(start, steps):
         epoch, at = divmod(step, count // batch)
@@ -292,7 +292,7 @@ def check_input(samples):
     some = default_collate([samples[0, i] for i in range(min(32, len(samples)))])
     x = samples.front_end(some["wave"], some["length"])                          # (32, 1, T, F)
     if abs(x.mean()) > 0.7 or not 0.4 < x.std() < 2:
-        print0(f"warning: input of mean {x.mean():.2f}, std {x.std():.2f}, not 0, 1: data.py stats")
+        print0(f"warning: input's mean {x.mean():.2f}, std {x.std():.2f}: see data.py stats")
 
 
 # -------------------------------------------------------------------------------- checkpoints
@@ -337,7 +337,7 @@ def make_optimizer(learner, settings):
 def matmul_rate(device):
     """Measured rate of large matrix products in FLOP/s: MFU is the share of it that is used."""
     size = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(size, size, device=device)
+    a = torch.randn(size, 1, device=device) @ torch.randn(1, size, device=device)  # autocast's type
     times = timeit.repeat(lambda: (a @ a)[0, 0].item(), number=1, repeat=5)  # .item() waits for it
     return 2 * size ** 3 / min(times)
 
@@ -437,7 +437,7 @@ def train(learner, samples, settings, about, validate, device):
 
 # ------------------------------------------------------------------------------------ stage 1
 def top1_hits(queries, gallery, clips):
-    """Top-1 retrieval of (N, D) by label *set* (§3.2.2) or clip -> precision, recall, 2 × (N,)."""
+    """Top-1 by label *set* (§3.2.2), else clip; both (N, D) -> precision, recall, 2 × (N,)."""
     sets = ["\n".join(sorted(set(clip.labels))) or clip.id for clip in clips]
     kind = torch.from_numpy(np.unique(sets, return_inverse=True)[1])             # (N,)
     best = torch.cat([(part @ gallery.T).argmax(1) for part in queries.split(1024)])  # (N,)
@@ -473,7 +473,7 @@ def held_out_by_audiocaps(tables, folder):
     val, test = Path(tables) / "val.csv", Path(tables) / "test.csv"
     if val.exists() and test.exists():
         return {segment.video for segment in read_published(val) + read_published(test)}
-    youtubes = (*TABLES["audioset"], *TABLES["vggsound"])  # a user's own hold no clip of it
+    youtubes = (*TABLES["audioset"], *TABLES["vggsound"])  # asked for beside their tables
     if any((Path(folder) / table).exists() for table in youtubes):
         raise FileNotFoundError(f"{tables}: no val.csv and test.csv of AudioCaps, whose clips are "
                                 f"to be left out of training; or --leave-out none. {GET_IT}")

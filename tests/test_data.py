@@ -218,9 +218,11 @@ def test_an_index_of_ones_own_the_authors_and_mscocos_captions(tmp_path, monkeyp
     assert authors.middle_frame == authors.frames[0]
     rows = {"annotations": [{"image_id": 1, "id": 2, "caption": "a \n dog "}]}
     write(tmp_path / "mscoco/annotations/captions_val2014.json", json.dumps(rows))
-    write(tmp_path / "mscoco/annotations/instances_val2014.json")
     monkeypatch.setattr(curate, "dataset_folder", tmp_path.joinpath)
-    assert curate.caption_pool("vc", tmp_path, tmp_path) == ["a dog"]
+    with pytest.raises(ValueError, match="mscoco: no readable captions_train2014.json"):
+        curate.caption_pool("vc", tmp_path, tmp_path)
+    write(tmp_path / "mscoco/captions_train2014.json", json.dumps(rows).replace("dog", "cat"))
+    assert curate.caption_pool("vc", tmp_path, tmp_path) == ["a cat", "a dog"]
 
 
 @pytest.mark.parametrize("name, text, why", [
