@@ -60,6 +60,7 @@ def reading(path, what):
     except Unreadable:
         raise
     except Exception as error:
+        what = "such file" if isinstance(error, FileNotFoundError) else what
         text = " ".join(str(error).split())[:300]
         raise Unreadable(f"{path}: no {what} ({type(error).__name__}: {text})") from None
 
@@ -72,7 +73,7 @@ def run(main):
     try:
         main()
     except (OSError, ValueError, KeyboardInterrupt) as error:
-        text = str(error) or "stopped; the same command goes on from here"  # Ctrl-C has no text
+        text = str(error) or "stopped; the same command goes on from what is saved"  # by Ctrl-C
         if "Original Traceback" in text:  # out of a worker process: the last line says it
             text = text.strip().splitlines()[-1].partition(": ")[2]
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun passes on what Ctrl-C said already
@@ -414,7 +415,7 @@ def table_of(name, folder, split):
 
 def read_text(path):
     """A table's or an index's text."""
-    with reading(path, "file of text in UTF-8"):
+    with reading(path, "text in UTF-8"):
         return Path(path).read_text(encoding="utf-8-sig")
 
 
@@ -573,7 +574,7 @@ def read_index(path, need=()):
     names = class_names(path.parent)
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
-            with reading(f"{path}:{number}", "JSON object of a clip"):
+            with reading(f"{path}:{number}", "fitting JSON object"):
                 clip = clip_of(json.loads(line), path.parent, names, need)
                 if clips.setdefault(clip.id, clip) is not clip:
                     raise ValueError(f"a second clip with the id {clip.id}")

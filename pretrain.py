@@ -355,7 +355,7 @@ def train(learner, samples, settings, about, validate, device):
     path = Path(settings.out) / "checkpoint.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
     if settings.batch % size or not 0 < settings.batch <= count:
-        raise ValueError(f"--batch {settings.batch}: needed is a multiple of {size}, up to {count}")
+        raise ValueError(f"--batch {settings.batch}: up to {count}, shared by {size} rank(s)")
     steps_per_epoch = count // settings.batch
     steps = settings.steps or settings.epochs * steps_per_epoch
     if settings.precision == "auto":
@@ -411,7 +411,7 @@ def train(learner, samples, settings, about, validate, device):
             raise ValueError(f"loss {mean_loss}: weights diverge; lower --lr-weights, --lr-biases")
         if skipped > max(10, 0.01 * count / size):
             raise ValueError(f"{skipped} clips of this epoch can't be read, more than ten and more "
-                             f"than 1 %; mend or remove the files named above, delete the banks")
+                             f"than 1 %; mend or remove the files named above, and the banks")
         speed = (step - logged) * settings.batch / seconds
         numbers = {"epoch": step / steps_per_epoch, "loss": mean_loss,
                    "temperature": learner.log_scale.neg().exp().item(),
@@ -431,8 +431,6 @@ def train(learner, samples, settings, about, validate, device):
                 "learner": learner.state_dict(), "optimizer": optimizer.state_dict()}))
         losses.zero_()
         logged, began = step, time.perf_counter()
-    if size > 1:
-        torch.distributed.barrier()  # rank 0 has saved
 
 
 # ------------------------------------------------------------------------------------ stage 1
