@@ -163,7 +163,7 @@ def gold_pairs(source, folder, seed):
     """Gold clips, AudioCaps' train or a gold.jsonl -> these, (i) -> what clip i's line holds."""
     split = "gold" if (folder / "gold.jsonl").exists() else "train"
     clips = read_split("audiocaps", folder, split, need=("captions",))
-    if source == "gl" and not any(clip.labels for clip in clips):  # as in AudioCaps' own tables
+    if source == "gl" and not any(clip.labels for clip in clips):  # AudioCaps' tables have none
         labels = {}
         for table in dataset_folder("audioset").glob("*_segments.csv"):
             labels |= {segment.video: segment.labels for segment in read_published(table)}

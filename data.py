@@ -584,7 +584,7 @@ def read_index(path, need=()):
 
 
 def read_split(name, folder, split="test", need=()):
-    """Clips of <split>.jsonl, all with the keys `need`, or as published. FileNotFoundError."""
+    """Clips of <split>.jsonl, with the keys `need`, or as published. Raises FileNotFoundError."""
     index = Path(folder) / f"{split}.jsonl"
     if index.exists():
         return read_index(index, ("audio", *need))

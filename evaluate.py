@@ -159,8 +159,9 @@ def prepare(model, name, folder, kinds, need=(), split="test"):
 
 
 def labels_of(clips, folder):
-    """Labels in AudioSet's order where `folder` holds its classes, else the clips' own, sorted."""
-    known, used = list(class_names(folder).values()), set().union(*(c.labels for c in clips))
+    """AudioSet's classes in order, where `folder` holds them; then clips' other labels, sorted."""
+    known = list(class_names(folder).values())
+    used = set().union(*(clip.labels for clip in clips))
     return known + sorted(used - set(known))
 
 
