@@ -81,7 +81,7 @@ def generate(settings, folder, out, device):
     from transformers import pipeline
     shown = caption_pool("vc", folder, out)
     model = pipeline("text-generation", settings.model, device=device, dtype=torch.float16)
-    model.tokenizer.pad_token = model.tokenizer.pad_token or model.tokenizer.eos_token
+    model.tokenizer.pad_token = model.tokenizer.eos_token  # GPT-J has none
 
     def make(start, end):
         for at in range(start, end, 64):

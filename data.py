@@ -109,14 +109,9 @@ def end_with_parent(parent, worker=None):
 
 
 def loader(items, workers, **options):
-    """A DataLoader whose worker processes (0: this one works) end when this one does."""
+    """A DataLoader whose workers (0: none) end with this process; batch_size=None: no batches."""
     return DataLoader(items, num_workers=workers,
                       worker_init_fn=partial(end_with_parent, os.getpid()), **options)
-
-
-def in_processes(function, items, workers):
-    """function(item) for each item, in order, computed by worker processes."""
-    return loader(items, workers, batch_size=None, collate_fn=function)  # None: item by item
 
 
 # -------------------------------------------------------------------------------------- sound
@@ -194,7 +189,7 @@ def resample(path, wave, rate, new_rate, silent=False):
     if silent:
         raise Unreadable(f"{path}: what is heard of it, its first channel (§3.2.2), is silent")
     if not 1000 <= rate <= 1_000_000:
-        raise Unreadable(f"{path}: says it has {rate} samples a second; is its header damaged?")
+        raise Unreadable(f"{path}: {rate} samples a second; is its header damaged?")
     if not np.isfinite(wave).all():
         raise Unreadable(f"{path}: holds NaN or infinite samples")
     ratio = Fraction(new_rate, rate).limit_denominator(1000)  # the filter grows with its terms
@@ -525,7 +520,7 @@ def clip_of_row(row, table, names):
     video, start = row["youtube_id"], float(row["start_time"])
     end = float(row.get("end_time", start + 10))
     if not (re.fullmatch(r"[\w-]{11}", video, re.ASCII) and 0 <= start < end):
-        raise ValueError("needed are the id of a YouTube video and a start before its end")
+        raise ValueError("needed: the id of a YouTube video, a start before its end")
     segment = partial(Clip, f"{video}_{round(start, 3):g}", start=start, end=end)
     if "label" in row:  # VGGSound
         return segment(labels=(row["label"],), split=row["split"])
@@ -737,13 +732,13 @@ def cut_clip(job, out, sample_rate):
 def extract(table, videos, out, sample_rate, workers):
     """Cut a table's segments, or pieces of 10 s, out of videos -> `out`: files, indexes, report."""
     if not Path(videos).is_dir():
-        raise FileNotFoundError(f"{videos}: no such folder; --videos names the one with the videos")
+        raise FileNotFoundError(f"{videos}: no such folder of videos")
     out, stem = Path(out), Path(table or "train").stem
     out.mkdir(parents=True, exist_ok=True)
     if table:
         jobs = with_files(read_published(table), videos)
     else:
-        pieces = in_processes(pieces_of, own_videos(videos), workers)
+        pieces = loader(own_videos(videos), workers, batch_size=None, collate_fn=pieces_of)
         jobs = list(chain.from_iterable(tqdm(pieces, "lengths", unit=" videos")))
     default = dict(zip(TABLES["audioset"], SPLITS)).get(f"{stem}.csv", stem)
     reasons = out / f"{stem}_report.csv"
@@ -751,7 +746,8 @@ def extract(table, videos, out, sample_rate, workers):
         if (out / f"{split}.jsonl").exists() and not reasons.exists():
             raise ValueError(f"{out}/{split}.jsonl is there, of other clips; choose another --out")
     rows, report = [], [("id", "status", "reason")]
-    cut = in_processes(partial(cut_clip, out=out, sample_rate=sample_rate), jobs, workers)
+    cut_one = partial(cut_clip, out=out, sample_rate=sample_rate)
+    cut = loader(jobs, workers, batch_size=None, collate_fn=cut_one)
     for (status, reason, row), (segment, _) in zip(tqdm(cut, unit=" clips"), jobs):
         report.append((segment.id, status, reason))
         if row:
@@ -760,8 +756,7 @@ def extract(table, videos, out, sample_rate, workers):
             tqdm.write(f"skipped: {reason}", file=sys.stderr)
     names = {segment.video for segment, row in rows if segment.split == "train" and row["frames"]}
     # of a set without validation one video in fifty, by its name's checksum, validates; or one
-    val = {name for name in names if zlib.crc32(os.fsencode(name)) % 50 == 0}
-    val = val or set(sorted(names)[1:2])
+    val = {n for n in names if zlib.crc32(os.fsencode(n)) % 50 == 0} or set(sorted(names)[1:2])
     indexes = {}
     for segment, row in rows:
         split = "val" if segment.video in val else segment.split or default
@@ -870,9 +865,8 @@ def sound_thing(thing, loudness, rng):
     return np.clip(loudness * wave, -1, 1).astype(np.float32)
 
 
-def make_toy_clip(job, folder, seed):
-    """Write one clip's files -> its index row. job: split and number, which fix everything."""
-    split, i = job
+def make_toy_clip(i, split, folder, seed):
+    """Write one clip's files -> its index row. Number and split fix everything."""
     place = (seed, sorted(TOY_SPLITS).index(split), i)
     ear, eye = np.random.default_rng((*place, 0)), np.random.default_rng((*place, 1))
     held_out = split in ("val", "test")
@@ -900,7 +894,8 @@ def make_toy_clip(job, folder, seed):
             caption = eye.choice(vision_captions(thing, radius < 10.5, dark))
         return row | {"captions": [str(caption)]}
     audio = f"audio/{split}_{i}.wav"
-    soundfile.write(folder / audio, sound_thing(thing, loudness, ear), TOY_RATE, subtype="PCM_16")
+    with open(folder / audio, "wb") as file:  # by its path, soundfile would wait for the disk
+        soundfile.write(file, sound_thing(thing, loudness, ear), TOY_RATE, "PCM_16", format="WAV")
     label = f"{COLOURS[thing[1]][1]} {SHAPES[thing[0]][1]}"
     fold = {"fold": i // 144 + 1} if held_out else {}  # each thing once in a gallery
     return row | {"audio": audio, "labels": [label], "captions": captions} | fold
@@ -951,10 +946,14 @@ def make_toy(folder, seed=0, splits=TOY_SPLITS, workers=2):
     part = folder.with_name(f"{folder.name}.part")
     for name in ("audio", "frames"):
         (part / name).mkdir(parents=True, exist_ok=True)
-    make, indexes = partial(make_toy_clip, folder=part, seed=seed), {"gold": []}
+    indexes = {"gold": []}
     for split, count in splits.items():
-        made = in_processes(make, [(split, i) for i in range(count)], workers)
-        indexes[split] = list(tqdm(made, f"toy world, {split}", unit=" clips"))
+        make = partial(make_toy_clip, split=split, folder=part, seed=seed)
+        make = np.vectorize(make, otypes=[object])
+        # some at a time: to hand a clip over takes a worker longer than to make it
+        made = loader(range(count), workers, batch_size=16, collate_fn=make)
+        bar = tqdm(made, f"toy world, {split}", unit=" × 16 clips")
+        indexes[split] = list(chain.from_iterable(bar))
     rng = np.random.default_rng((seed, 1))
     for row in indexes["train"]:
         captions = row.pop("captions")

@@ -31,7 +31,6 @@ from tqdm import tqdm
 
 PROMPT = "the sound of"  # §4.1, "Prompting (usually) helps"
 PROMPTS = {"prompt": PROMPT, "no prompt": ""}
-WORKERS = Training.workers  # that decode, for each rank
 
 # ------------------------------------------------------------------------------------ metrics
 def percent(values):
@@ -113,10 +112,10 @@ class Model:
     def embed(self, clips, kind):
         """Unit embeddings of clips' "audio" or "frames" -> (N, D); zeros for what can't be read."""
         if kind == "audio":
-            return self.learner.embed([clip.audio for clip in clips], WORKERS)
+            return self.learner.embed([clip.audio for clip in clips], Training.workers)
         return embed_all([clip.middle_frame for clip in clips],
                          partial(load_image, size=self.clip.image_size), self.clip.encode_image,
-                         self.clip.visual, WORKERS)
+                         self.clip.visual, Training.workers)
 
     def embed_texts(self, texts, prompt=""):
         """Unit embeddings of texts, each after the prompt -> (M, D); underscores become spaces."""
@@ -487,8 +486,8 @@ def main():
     flag("--task", required=True, choices=[*TASKS, *"toy all scaling curve tag search".split()])
     flag("--checkpoint", nargs="+", type=Path, help="one, or several side by side")
     flag("--data", type=dataset_folder, help="a dataset's name or its folder (data/<the task's>)")
-    flag("--out", help="where results, charts and what was heard go (beside the checkpoint)")
-    flag("--list-missing", metavar="FILE", help="for the names of clips that are not on disk")
+    flag("--out", help="folder of results, charts, sounds heard (the checkpoint's)")
+    flag("--list-missing", metavar="FILE", help="names of clips that are not on disk")
     flag("--target", type=float, default=81, help="scaling: accuracy to reach (81 %%, people)")
     flag("--audio", nargs="+", help="tag, search: recordings, or folders of them")
     flag("--labels", nargs="+", help="tag: the choice, or a file with a label a line")

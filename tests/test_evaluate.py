@@ -20,7 +20,7 @@ def evaluated(monkeypatch, capsys, tmp_path):
     """evaluate.py's main in this process -> what it prints, results; errors come as they are."""
     def call(task, *flags):
         argv = ["evaluate.py", "--task", task, "--out", tmp_path / "out", *flags]
-        monkeypatch.setattr(evaluate, "WORKERS", 0)
+        monkeypatch.setattr(evaluate.Training, "workers", 0)
         monkeypatch.setattr(sys, "argv", list(map(str, argv)))
         capsys.readouterr()
         evaluate.main()
