@@ -109,7 +109,8 @@ def end_with_parent(parent, worker=None):
 
 
 def loader(items, workers, **options):
-    """A DataLoader whose workers (0: none) end with this process; batch_size=None: no batches."""
+    """A DataLoader whose worker processes (0: this one works) end when this one does."""
+    # collate_fn is what they do: with a batch of items, with batch_size=None with each alone
     return DataLoader(items, num_workers=workers,
                       worker_init_fn=partial(end_with_parent, os.getpid()), **options)
 
@@ -189,7 +190,7 @@ def resample(path, wave, rate, new_rate, silent=False):
     if silent:
         raise Unreadable(f"{path}: what is heard of it, its first channel (§3.2.2), is silent")
     if not 1000 <= rate <= 1_000_000:
-        raise Unreadable(f"{path}: {rate} samples a second; is its header damaged?")
+        raise Unreadable(f"{path}: says it has {rate} samples a second; is its header damaged?")
     if not np.isfinite(wave).all():
         raise Unreadable(f"{path}: holds NaN or infinite samples")
     ratio = Fraction(new_rate, rate).limit_denominator(1000)  # the filter grows with its terms
@@ -732,7 +733,7 @@ def cut_clip(job, out, sample_rate):
 def extract(table, videos, out, sample_rate, workers):
     """Cut a table's segments, or pieces of 10 s, out of videos -> `out`: files, indexes, report."""
     if not Path(videos).is_dir():
-        raise FileNotFoundError(f"{videos}: no such folder of videos")
+        raise FileNotFoundError(f"{videos}: no such folder for --videos")
     out, stem = Path(out), Path(table or "train").stem
     out.mkdir(parents=True, exist_ok=True)
     if table:
@@ -756,7 +757,8 @@ def extract(table, videos, out, sample_rate, workers):
             tqdm.write(f"skipped: {reason}", file=sys.stderr)
     names = {segment.video for segment, row in rows if segment.split == "train" and row["frames"]}
     # of a set without validation one video in fifty, by its name's checksum, validates; or one
-    val = {n for n in names if zlib.crc32(os.fsencode(n)) % 50 == 0} or set(sorted(names)[1:2])
+    val = {name for name in names if zlib.crc32(os.fsencode(name)) % 50 == 0}
+    val = val or set(sorted(names)[1:2])
     indexes = {}
     for segment, row in rows:
         split = "val" if segment.video in val else segment.split or default
