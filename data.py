@@ -263,11 +263,6 @@ class FrontEnd:
     std: float = 5.75751113
 
     @property
-    def seconds(self):
-        """How much of a clip the encoder hears."""
-        return self.frames * 0.010
-
-    @property
     def samples(self):
         """Samples that fill all frames; the last window reaches 15 ms past its frame."""
         length, shift = frame_length_and_shift(self.sample_rate)
@@ -281,7 +276,7 @@ class FrontEnd:
     def load(self, path):
         """A sound file -> (samples,) padded, its length. Raises Unreadable."""
         # 0.1 s more: for the last window's 15 ms and the resampling filter
-        return self.pad(load_audio(path, self.sample_rate, self.seconds + 0.1))
+        return self.pad(load_audio(path, self.sample_rate, self.frames / 100 + 0.1))
 
     def __call__(self, waves, lengths):
         """Padded waveforms (B, samples), lengths (B,) -> normalised filterbanks (B, 1, T, F)."""
@@ -325,8 +320,8 @@ def mask(x, draws):
 
 
 # ------------------------------------------------------------------------------------- images
-IMAGE_MEAN = np.array((0.48145466, 0.4578275, 0.40821073), np.float32)  # CLIP's
-IMAGE_STD = np.array((0.26862954, 0.26130258, 0.27577711), np.float32)
+IMAGE_MEAN = np.array((0.48145466, 0.4578275, 0.40821073), np.float32)[:, None, None]  # CLIP's
+IMAGE_STD = np.array((0.26862954, 0.26130258, 0.27577711), np.float32)[:, None, None]
 
 
 def preprocess_image(image, size=224):
@@ -338,8 +333,8 @@ def preprocess_image(image, size=224):
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = round((width - size) / 2), round((height - size) / 2)
     image = image.crop((left, top, left + size, top + size))
-    pixels = (np.asarray(image, np.float32) / 255 - IMAGE_MEAN) / IMAGE_STD      # (R, R, 3)
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()                # (3, R, R)
+    pixels = np.stack(image.split()) / np.float32(255)                           # (3, R, R)
+    return torch.from_numpy((pixels - IMAGE_MEAN) / IMAGE_STD)
 
 
 def load_image(path, size=224):

@@ -254,7 +254,7 @@ def measure(model, task, folder):
         front_end = replace(learner.front_end, frames=round(1.8 * learner.front_end.frames))
         longer = copy.copy(model)
         longer.learner = AudioLearner(lengthen(learner.audio_encoder, front_end.frames), front_end)
-        return {f"clotho {each.learner.front_end.seconds:g} s": retrieval(each, task, folder)
+        return {f"clotho {each.learner.front_end.frames / 100:g} s": retrieval(each, task, folder)
                 for each in (model, longer)}
     return {task: TASKS[task](model, DATASETS.get(task, task), folder)}
 
@@ -389,7 +389,7 @@ def audio_windows(path, sample_rate, seconds):
 def embed_windows(model, path):
     """A recording's windows -> (W, 2 + D): start and end in s, unit embedding, 0 where silent."""
     front_end, rows = model.learner.front_end, []
-    for start, end, wave in audio_windows(path, front_end.sample_rate, front_end.seconds):
+    for start, end, wave in audio_windows(path, front_end.sample_rate, front_end.frames / 100):
         padded, length = front_end.pad(wave)                                     # (S,)
         feature = unit(model.learner.encode((padded[None], torch.tensor([length]))))[0].cpu()
         rows.append(torch.cat([torch.tensor([start, end]), feature * wave.diff().any()]))

@@ -12,7 +12,7 @@ B  clips on this rank   N  clips   M  rows of a bank   D  embedding   T, F  fram
 """
 import json
 import os
-import subprocess
+import runpy
 import sys
 import time
 import timeit
@@ -89,7 +89,7 @@ class Settings(Training):
 TOY = Settings(data="toy", leave_out="none", clip="out/toy/clip/clip.pt",
                vocab="data/toy/vocab.txt.gz", sample_rate=16_000, mels=64, frames=100, mean=-2.16,
                std=3.5, stride_time=16, stride_mel=16, batch=64, epochs=9, warmup_epochs=0.5,
-               lr_weights=5.0, lr_biases=7e-3, precision="fp32", workers=1, log_every=62)
+               lr_weights=5.0, lr_biases=7e-3, precision="fp32", workers=2, log_every=62)
 
 
 def parse(defaults, presets, argv=None, description=None):
@@ -238,6 +238,8 @@ class AudioLearner(nn.Module):
 
     def embed(self, paths, workers=0):
         """Unit embeddings of sound files -> (N, D), zeros where one can't be read."""
+        if isinstance(self.front_end, Remember):
+            workers = 0  # what they remember ends with them
         return embed_all(paths, self.front_end.load, self.encode, self.audio_encoder, workers)
 
 
@@ -549,8 +551,9 @@ def main():
     pretrain(replace(settings, out=out), device)
     flags = ["--checkpoint", f"{out}/checkpoint.pt", "--task", "toy" if toy else "all"]
     print0(f"next: python evaluate.py {' '.join(flags)}; or --task search --audio DIR --query TEXT")
-    if toy and rank_and_size()[1] == 1:
-        sys.exit(subprocess.call([sys.executable, Path(__file__).with_name("evaluate.py"), *flags]))
+    if toy and "RANK" not in os.environ:
+        sys.argv[1:] = flags
+        runpy.run_path(Path(__file__).with_name("evaluate.py"), run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def show_sound(axes, x, end):
 
 def show_clip(left, right, clip, front_end):
     """A clip's sound and its frame, each in its axes."""
-    show_sound(left, filterbanks(clip.audio, front_end), front_end.seconds)
+    show_sound(left, filterbanks(clip.audio, front_end), front_end.frames / 100)
     right.imshow(Image.open(clip.middle_frame))
 
 
@@ -110,7 +110,7 @@ def spectrogram(path, sound, front_end):
     panels = [x, *data.mask(x.expand(3, 1, -1, -1), draws)[:, 0]]                # 4 × (T, F)
     figure, row = blank(9, 2.5, 1, 4, sharey=True)
     for axes, panel, title in zip(row, panels, ("as heard", "masked", "masked", "masked")):
-        show_sound(axes, panel, front_end.seconds)
+        show_sound(axes, panel, front_end.frames / 100)
         axes.set(xlabel="seconds", title=title)
     row[0].set_ylabel("mel bin")
     save(figure, path)
