@@ -333,6 +333,7 @@ def preprocess_image(image, size=224):
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = round((width - size) / 2), round((height - size) / 2)
     image = image.crop((left, top, left + size, top + size))
+    # a plane a colour: over a last axis of three NumPy is half as fast
     pixels = np.stack(image.split()) / np.float32(255)                           # (3, R, R)
     return torch.from_numpy((pixels - IMAGE_MEAN) / IMAGE_STD)
 

@@ -239,7 +239,7 @@ class AudioLearner(nn.Module):
     def embed(self, paths, workers=0):
         """Unit embeddings of sound files -> (N, D), zeros where one can't be read."""
         if isinstance(self.front_end, Remember):
-            workers = 0  # what they remember ends with them
+            workers = 0  # what a worker process remembers ends with it
         return embed_all(paths, self.front_end.load, self.encode, self.audio_encoder, workers)
 
 
@@ -552,7 +552,7 @@ def main():
     flags = ["--checkpoint", f"{out}/checkpoint.pt", "--task", "toy" if toy else "all"]
     print0(f"next: python evaluate.py {' '.join(flags)}; or --task search --audio DIR --query TEXT")
     if toy and "RANK" not in os.environ:
-        sys.argv[1:] = flags
+        sys.argv[1:] = flags  # in this process, which has imported PyTorch already
         runpy.run_path(Path(__file__).with_name("evaluate.py"), run_name="__main__")
 
 
