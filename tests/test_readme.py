@@ -27,8 +27,7 @@ def commands():
 
 
 COMMANDS = [line for line in commands() if not line.startswith(tuple(NOT_RUN))]
-ON_THE_TOY = [line for line in COMMANDS if "toy" in line or "-k by_hand" in line
-              or line == "python tests/figures.py"]
+ON_THE_TOY = [line for line in COMMANDS if re.search("toy|by_hand|tests/figures.py", line)]
 
 
 def test_every_script_has_a_command_on_the_page():
@@ -51,3 +50,4 @@ def test_the_commands_for_the_toy_run_in_their_order(world, small_clip, tmp_path
     for line in ON_THE_TOY:
         few = ["--steps", 2] if "finetune.py" in line else []
         run(*shlex.split(line)[1:], *few, cwd=tmp_path)
+    assert (tmp_path / "out/toy/pretrain/toy.json").exists()  # of the main job's last screen
