@@ -70,7 +70,7 @@ PRESETS = {
                       warmup_epochs=3.0, lr_weights=1e-3, lr_biases=1e-3, weight_decay=0.0,
                       mixup=0.5, workers=0, log_every=100),
     "toy": Settings(data="toy", init="out/toy/pretrain/checkpoint.pt", epochs=10, warmup_epochs=1.0,
-                    lr_weights=2.0, precision="fp32", workers=2, log_every=100),
+                    lr_weights=2.0, precision="fp32", workers=0, log_every=100),
 }
 
 

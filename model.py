@@ -21,13 +21,10 @@ from torch.utils.checkpoint import checkpoint
 
 # -------------------------------------------------------------------------------------- ranks
 def join_ranks():
-    """Join torchrun's ranks, if any -> own device. Raises ValueError (more ranks than GPUs)."""
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    """Join torchrun's ranks, if any -> own device."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise ValueError(f"{torch.cuda.device_count()} GPU(s) here; lower --nproc_per_node")
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -62,21 +59,23 @@ class Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x, first_only=False):
-        """(B, N, C) -> (B, N, C); with `first_only` the first token alone asks, -> (B, 1, C)."""
-        C = x.shape[2]
-        queries = x[:, :1] if first_only else x                                  # (B, ·, C)
+    def forward(self, x, at=None):
+        """(B, N, C) -> (B, N, C); `at` (B, 1, 1): the token there alone asks, -> (B, 1, C)."""
+        C, mask = x.shape[2], None
+        queries = x if at is None else x.take_along_dim(at, dim=1)               # (B, ·, C)
         q = F.linear(queries, self.in_proj_weight[:C], self.in_proj_bias[:C])    # (B, ·, C)
         kv = F.linear(x, self.in_proj_weight[C:], self.in_proj_bias[C:])         # (B, N, 2C)
         k, v = kv.split(C, dim=2)                                                # 2 × (B, N, C)
         # each head sees its own part of the width: (B, ·, C) -> (B, heads, ·, C/heads)
         q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        if self.causal and at is not None:
+            mask = (torch.arange(x.shape[1], device=x.device) <= at)[:, None]    # (B, 1, 1, N)
+        x = F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.causal and at is None)
         return self.out_proj(x.transpose(1, 2).flatten(2))                       # (B, ·, C)
 
 
 class Block(nn.Module):
-    """Pre-norm residual block, (B, N, C) -> (B, N, C); with `first_only` -> (B, 1, C)."""
+    """Pre-norm residual block, (B, N, C) -> (B, N, C); with `at` (B, 1, 1) -> (B, 1, C)."""
 
     def __init__(self, width, heads, causal):
         super().__init__()
@@ -86,16 +85,16 @@ class Block(nn.Module):
                                   "c_proj": nn.Linear(4 * width, width)})
         self.ln_2 = nn.LayerNorm(width)
 
-    def forward(self, x, first_only=False):
-        x = (x[:, :1] if first_only else x) + self.attn(self.ln_1(x), first_only)
-        hidden = self.mlp["c_fc"](self.ln_2(x))                                  # (B, ·, 4C)
-        # QuickGELU, h·σ(1.702 h); so written, autograd keeps a tensor less
-        hidden = F.silu(1.702 * hidden) / 1.702
-        return x + self.mlp["c_proj"](hidden)                                    # (B, ·, C)
+    def forward(self, x, at=None):
+        x = (x if at is None else x.take_along_dim(at, dim=1)) + self.attn(self.ln_1(x), at)
+        # QuickGELU, h·σ(1.702 h) = silu(1.702 h) / 1.702; its factors stand where numbers are few
+        fc, proj = self.mlp.values()
+        hidden = F.silu(F.linear(1.702 * self.ln_2(x), fc.weight, 1.702 * fc.bias))  # (B, ·, 4C)
+        return x.add(F.linear(hidden, proj.weight, 1.702 * proj.bias), alpha=1 / 1.702)
 
 
 class Transformer(nn.Module):
-    """Blocks, (B, N, C) -> (B, N, C); with `first_only` the last one's first token, (B, 1, C)."""
+    """Blocks, (B, N, C) -> (B, C): the token `at` (B, 1, 1), for which alone the last one works."""
 
     def __init__(self, width, layers, heads, causal=False):
         super().__init__()
@@ -108,14 +107,14 @@ class Transformer(nn.Module):
                 nn.init.normal_(layer.weight, std=std)
                 nn.init.zeros_(layer.bias)
 
-    def forward(self, x, first_only=False):
+    def forward(self, x, at):
         for block in self.resblocks:
-            only = first_only and block is self.resblocks[-1]
+            only = at if block is self.resblocks[-1] else None
             if self.recompute:
                 x = checkpoint(block, x, only, use_reentrant=False)
             else:
                 x = block(x, only)
-        return x
+        return x[:, 0]
 
 
 # ------------------------------------------------------------------------- images, audio, CLIP
@@ -149,8 +148,8 @@ class VisionTransformer(nn.Module):
         x = self.conv1(x).flatten(2).transpose(1, 2)                             # (B, N-1, C)
         first = self.class_embedding.expand(len(x), 1, -1)                       # (B, 1, C)
         x = torch.cat([first, x], dim=1) + self.positional_embedding             # (B, N, C)
-        x = self.transformer(self.ln_pre(x), first_only=True)                    # (B, 1, C)
-        return self.ln_post(x[:, 0]) @ self.proj                                 # (B, D)
+        at = x.new_zeros(1, 1, 1, dtype=torch.int64)  # the class token
+        return self.ln_post(self.transformer(self.ln_pre(x), at)) @ self.proj    # (B, D)
 
     def flops(self):
         """Floating point operations of a forward pass of one sample."""
@@ -193,11 +192,10 @@ class CLIP(nn.Module):
         """(B, L) int64 token ids, on any device, L <= context length -> (B, D), not normalised."""
         tokens = tokens.to(self.logit_scale.device)
         positions = self.positional_embedding[:tokens.shape[1]]                  # (L, C)
-        x = self.transformer(self.token_embedding(tokens) + positions)           # (B, L, C)
-        x = self.ln_final(x)                                                     # (B, L, C)
         # the feature is read where the text ends: at the largest id, which is end-of-text's
-        x = x[torch.arange(len(x)), tokens.argmax(dim=1)]                        # (B, C)
-        return x @ self.text_projection                                          # (B, D)
+        at = tokens.argmax(dim=1)[:, None, None]                                 # (B, 1, 1)
+        x = self.transformer(self.token_embedding(tokens) + positions, at)       # (B, C)
+        return self.ln_final(x) @ self.text_projection                           # (B, D)
 
 
 # --------------------------------------------------------------------------------------- loss
@@ -235,9 +233,8 @@ def parameter_groups(module, lr_weights, lr_biases, weight_decay):
 class LARS(torch.optim.Optimizer):
     """LARS (Table 5) as in the authors' code; You et al.: ‖g‖ + wd·‖p‖, rate in the momentum."""
 
-    def __init__(self, groups, lr=0.0, weight_decay=0.0, momentum=0.9, eta=0.001, adapt=True):
-        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum,
-                                  "eta": eta, "adapt": adapt})
+    def __init__(self, groups, lr=0.0, momentum=0.9, eta=0.001):
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "eta": eta})
         for group in self.param_groups:
             for p in group["params"]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
@@ -246,8 +243,6 @@ class LARS(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
             momenta = [self.state[p]["momentum"] for p in params]
             grads = [p.grad for p in params]  # _foreach: all of them in a few kernels
             updates = torch._foreach_add(grads, params, alpha=group["weight_decay"])
@@ -262,10 +257,10 @@ class LARS(torch.optim.Optimizer):
             torch._foreach_add_(params, momenta, alpha=-group["lr"])
 
 
-def schedule(step, steps, warmup_steps, end=0.001):
-    """Factor on the peak learning rate: linear from 0 (Table 5), then cosine down to `end`."""
+def schedule(step, steps, warmup_steps):
+    """Factor on the peak learning rate: linear from 0 (Table 5), then cosine down to 0.1 %."""
     # differs from the paper, which names no schedule after the warm-up: as in the authors' code
     if step < warmup_steps:
         return step / warmup_steps
     progress = (step - warmup_steps) / max(1, steps - warmup_steps)
-    return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * progress))
+    return 0.001 + 0.999 * (1 + math.cos(math.pi * progress)) / 2

@@ -64,8 +64,8 @@ class Reference(nn.TransformerEncoder):
                                            norm_first=True)
         super().__init__(layer, 12, enable_nested_tensor=False)
 
-    def forward(self, x, first_only):
-        return super().forward(x)
+    def forward(self, x, at):
+        return super().forward(x)[:, 0]
 
 
 def training_step(reference, batch, bf16, device="cpu", recompute=False, compiled=False):

@@ -50,7 +50,7 @@ def test_twelve_steps_of_lars_are_the_authors(shared):
 
 def test_a_step_of_lars_and_its_rates_by_hand():
     p = torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))  # length 5
-    optimizer = model.LARS([{"params": [p], "lr": 1.0, "adapt": True}])
+    optimizer = model.LARS([{"params": [p], "lr": 1.0, "weight_decay": 0.0, "adapt": True}])
     p.grad = torch.tensor([[0.0, 2.0]])                 # length 2: trust ratio 0.001 · 5 / 2
     optimizer.step()
     assert torch.allclose(p.data, torch.tensor([[3.0, 4.0 - 0.0025 * 2]]))
