@@ -104,7 +104,7 @@ def generate(settings, folder, out, device):
                     captions[line] = None
     new = list(captions)[len(shown):]
     save(out / "fc.txt", lambda part: part.write_text("\n".join(new), "utf-8"))
-    print0(f"{out}/fc.txt: {len(new)} captions. next: python curate.py --source fc")
+    print0(f"{len(new)} captions. next: python curate.py --source fc")
 
 
 # ------------------------------------------------------------------------------------- mining

@@ -964,7 +964,6 @@ def make_toy(folder, seed=0, splits=TOY_SPLITS, workers=2):
         (part / f"{kind}.txt").write_text("\n".join(toy_captions(kind, rng)) + "\n")
     write_toy_vocabulary(part / "vocab.txt.gz")
     os.replace(part, folder)
-    print(f"{folder}: {splits}")
 
 
 # ------------------------------------------------------------------------------- the commands

@@ -21,10 +21,14 @@ from torch.utils.checkpoint import checkpoint
 
 # -------------------------------------------------------------------------------------- ranks
 def join_ranks():
-    """Join torchrun's ranks, if any -> own device."""
+    """Join torchrun's ranks, if any -> own device. Raises ValueError (more ranks than GPUs)."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    gpus = torch.cuda.device_count()
     device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if gpus:
+        if local_rank >= gpus:
+            raise ValueError(f"{gpus} GPUs are fewer than --nproc_per_node")
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -60,7 +64,7 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x, at=None):
-        """(B, N, C) -> (B, N, C); `at` (B, 1, 1): the token there alone asks, -> (B, 1, C)."""
+        """(B, N, C) -> (B, N, C); with `at` (B, 1, 1) that token alone asks, -> (B, 1, C)."""
         C, mask = x.shape[2], None
         queries = x if at is None else x.take_along_dim(at, dim=1)               # (B, ·, C)
         q = F.linear(queries, self.in_proj_weight[:C], self.in_proj_bias[:C])    # (B, ·, C)
@@ -68,9 +72,9 @@ class Attention(nn.Module):
         k, v = kv.split(C, dim=2)                                                # 2 × (B, N, C)
         # each head sees its own part of the width: (B, ·, C) -> (B, heads, ·, C/heads)
         q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))
-        if self.causal and at is not None:
+        if self.causal and at is not None:  # is_causal would take a lone query for the first
             mask = (torch.arange(x.shape[1], device=x.device) <= at)[:, None]    # (B, 1, 1, N)
-        x = F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.causal and at is None)
+        x = F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.causal and mask is None)
         return self.out_proj(x.transpose(1, 2).flatten(2))                       # (B, ·, C)
 
 
@@ -87,14 +91,14 @@ class Block(nn.Module):
 
     def forward(self, x, at=None):
         x = (x if at is None else x.take_along_dim(at, dim=1)) + self.attn(self.ln_1(x), at)
-        # QuickGELU, h·σ(1.702 h) = silu(1.702 h) / 1.702; its factors stand where numbers are few
+        # QuickGELU, h·σ(1.702 h) = silu(1.702 h) / 1.702, scaled at width C: 4C would cost more
         fc, proj = self.mlp.values()
         hidden = F.silu(F.linear(1.702 * self.ln_2(x), fc.weight, 1.702 * fc.bias))  # (B, ·, 4C)
-        return x.add(F.linear(hidden, proj.weight, 1.702 * proj.bias), alpha=1 / 1.702)
+        return x.add(F.linear(hidden, proj.weight, 1.702 * proj.bias), alpha=1 / 1.702)  # (B, ·, C)
 
 
 class Transformer(nn.Module):
-    """Blocks, (B, N, C) -> (B, C): the token `at` (B, 1, 1), for which alone the last one works."""
+    """Blocks, (B, N, C) -> (B, C), the token `at` (B, 1, 1): the last block computes no other."""
 
     def __init__(self, width, layers, heads, causal=False):
         super().__init__()
@@ -148,7 +152,7 @@ class VisionTransformer(nn.Module):
         x = self.conv1(x).flatten(2).transpose(1, 2)                             # (B, N-1, C)
         first = self.class_embedding.expand(len(x), 1, -1)                       # (B, 1, C)
         x = torch.cat([first, x], dim=1) + self.positional_embedding             # (B, N, C)
-        at = x.new_zeros(1, 1, 1, dtype=torch.int64)  # the class token
+        at = x.new_zeros(len(x), 1, 1, dtype=torch.int64)  # the class token
         return self.ln_post(self.transformer(self.ln_pre(x), at)) @ self.proj    # (B, D)
 
     def flops(self):

@@ -86,7 +86,7 @@ class Settings(Training):
 
 
 # Half the paper's patches and mel bins, side by side; mean, std are the toy's; 62 steps an epoch.
-# No workers, for this process remembers what it has read, and each of them would alone.
+# No workers: one process reads each file once, several would each remember their own.
 TOY = Settings(data="toy", leave_out="none", clip="out/toy/clip/clip.pt",
                vocab="data/toy/vocab.txt.gz", sample_rate=16_000, mels=64, frames=100, mean=-2.16,
                std=3.5, stride_time=16, stride_mel=16, batch=64, epochs=9, warmup_epochs=0.5,
@@ -208,7 +208,7 @@ class Bank:
             target = torch.tensor(open_chunk(self.paths[row // CHUNK])[row % CHUNK]).float()
             if target.any():
                 return target
-        raise Unreadable(f"clip number {i} (from 0): none of its frames can be read")
+        raise Unreadable(f"clip {i} (from 0): no readable frame")
 
 
 # ------------------------------------------------------------------------ learner and samples
@@ -530,7 +530,7 @@ def make_toy_world():
     images = torch.stack([load_image(pair.frames[0], 64) for pair in pairs])     # (N, 3, R, R)
     tokens = tokenizer([pair.captions[0] for pair in pairs])                     # (N, L)
     optimizer = torch.optim.Adam(clip.parameters(), fused=True)
-    order = torch.cat([torch.randperm(len(pairs)) for _ in range(4)]).split(64)  # 4 epochs
+    order = torch.cat([torch.randperm(len(pairs)) for _ in range(4)]).split(64)  # epochs
     for step, rows in enumerate(tqdm(order, desc="the toy's CLIP")):
         optimizer.param_groups[0]["lr"] = 5e-4 * schedule(step, len(order), warmup_steps=40)
         loss = info_nce(clip.encode_image(images[rows]), clip.encode_text(tokens[rows]),
