@@ -530,9 +530,9 @@ def make_toy_world():
     images = torch.stack([load_image(pair.frames[0], 64) for pair in pairs])     # (N, 3, R, R)
     tokens = tokenizer([pair.captions[0] for pair in pairs])                     # (N, L)
     optimizer = torch.optim.Adam(clip.parameters(), fused=True)
-    order = torch.cat([torch.randperm(len(pairs)) for _ in range(4)]).split(64)  # epochs
+    order = torch.cat([torch.randperm(len(pairs)) for _ in range(5)]).split(128)  # 5 epochs
     for step, rows in enumerate(tqdm(order, desc="the toy's CLIP")):
-        optimizer.param_groups[0]["lr"] = 5e-4 * schedule(step, len(order), warmup_steps=40)
+        optimizer.param_groups[0]["lr"] = 5e-4 * schedule(step, len(order), warmup_steps=20)
         loss = info_nce(clip.encode_image(images[rows]), clip.encode_text(tokens[rows]),
                         clip.logit_scale)
         loss.backward()
