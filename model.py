@@ -237,7 +237,7 @@ def parameter_groups(module, lr_weights, lr_biases, weight_decay):
 class LARS(torch.optim.Optimizer):
     """LARS (Table 5) as in the authors' code; You et al.: ‖g‖ + wd·‖p‖, rate in the momentum."""
 
-    def __init__(self, groups, lr=0.0, momentum=0.9, eta=0.001):
+    def __init__(self, groups, lr=0.0, momentum=0.9, eta=0.001):  # as parameter_groups makes them
         super().__init__(groups, {"lr": lr, "momentum": momentum, "eta": eta})
         for group in self.param_groups:
             for p in group["params"]:
