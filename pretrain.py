@@ -89,7 +89,7 @@ class Settings(Training):
 # No workers: one process reads each file once, several would each remember their own.
 TOY = Settings(data="toy", leave_out="none", clip="out/toy/clip/clip.pt",
                vocab="data/toy/vocab.txt.gz", sample_rate=16_000, mels=64, frames=100, mean=-2.16,
-               std=3.5, stride_time=16, stride_mel=16, batch=64, epochs=9, warmup_epochs=0.5,
+               std=3.5, stride_time=16, stride_mel=16, batch=64, epochs=7, warmup_epochs=0.5,
                lr_weights=5.0, lr_biases=7e-3, precision="fp32", workers=0, log_every=62)
 
 
